@@ -1,0 +1,236 @@
+"""Passkey accuracy and perplexity against length (the paper's Figure 1): a table, eval.json, a figure.
+
+    python eval_passkey.py out/*/                      every run in one table and one figure
+    python eval_passkey.py out/*/eval.json             the same from results already there
+    python eval_passkey.py out/60M-fope-s0 --trials=1000 --data=data/c4
+
+Passkey: a prompt of exactly L tokens, answer included (data/prepare.py), the key's place uniform. A trial counts when
+greedy decoding yields the answer. With the right answer fed in, it does exactly when every answer token is the arg max
+(by induction: up to the first wrong token both see the same input), so one forward pass decides a trial.
+
+Perplexity at length L: the same validation tokens at every L, cut into chunks of L. Every token counts, also the ones
+at a chunk's start that see little: a model that looks at one token alone scores the same at every L.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import prepare
+from data.prepare import fail
+from model import find_device, load_model
+
+
+def wilson(right: int, trials: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy (Wilson 1927): honest at 0 and at 1, where the normal one has width 0."""
+    z, p = 1.96, right / trials
+    centre, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
+    return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
+
+
+def passkey_trials(tokenizer, length: int, trials: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents (trials, length), their answers' token counts, and the depths of the keys, uniform in [0, 1)."""
+    rng = np.random.default_rng((seed, length))
+    keys, depths = rng.integers(10_000, 100_000, trials), rng.random(trials)
+    documents = [prepare.passkey_document(tokenizer, length, int(k), d) for k, d in zip(keys, depths)]
+    return np.array([tokens for tokens, _ in documents]), np.array([n for _, n in documents]), depths
+
+
+class Progress:
+    """A line on stderr that says how far a long work is, once a second at most."""
+
+    def __init__(self, what: str):
+        self.what, self.shown = what, time.time()
+
+    def __call__(self, share: float):
+        if time.time() - self.shown > 1 and sys.stderr.isatty():
+            print(f"\r{self.what}: {share:.0%}", end="\r", file=sys.stderr, flush=True)
+            self.shown = time.time()
+
+
+@torch.no_grad()
+def passkey_right(model, documents: np.ndarray, answers: np.ndarray, batch_tokens: int, autocast, progress) -> np.ndarray:
+    """One forward pass a trial: whether each is right, (trials,) bool. Documents (trials, L) end in their answers."""
+    device, longest = model.head.weight.device, answers.max()
+    right = []
+    rows = max(1, batch_tokens // documents.shape[1])
+    for i in range(0, len(documents), rows):
+        tokens = torch.from_numpy(documents[i : i + rows].astype(np.int64)).to(device)
+        with autocast():
+            guess = model(tokens[:, :-1], last=int(longest)).argmax(-1)
+        matches = (guess == tokens[:, -longest:]).cpu().numpy()
+        matches |= np.arange(longest) < longest - answers[i : i + rows, None]  # before a shorter answer anything goes
+        right.append(matches.all(1))
+        progress((i + len(tokens)) / len(documents))
+    return np.concatenate(right)
+
+
+@torch.no_grad()
+def perplexity(model, tokens: np.ndarray, length: int, batch_tokens: int, autocast, progress) -> float:
+    """exp of the mean loss over all of tokens[1:], each predicted from its chunk of `length` tokens."""
+    device, total = model.head.weight.device, 0.0
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    inputs, targets = tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
+    rows = max(1, batch_tokens // length)
+    for i in range(0, len(inputs), rows):
+        x, y = inputs[i : i + rows].to(device), targets[i : i + rows].to(device)
+        with autocast():
+            total += model(x, y)[1].item() * len(x)
+        progress((i + len(x)) / len(inputs))
+    return math.exp(total / len(inputs))
+
+
+def evaluate(path: Path, args, lengths: list[int]) -> dict:
+    """One checkpoint at every length. The result is also written beside it, as eval.json."""
+    start = time.time()
+    try:
+        model, checkpoint = load_model(path)
+        device, dtype, autocast = find_device(args.device, args.dtype)
+    except ValueError as error:
+        fail(str(error))
+    model.to(device)
+    config = checkpoint["config"]
+    data = args.data or config["data"]
+    val, meta = prepare.load(data, "val")
+    if meta["tokenizer"] != checkpoint["tokenizer"]:
+        fail(f"{data} has {meta['tokenizer']} tokens, {path} was trained on {checkpoint['tokenizer']} tokens: name other --data")
+    n_tokens = min(args.eval_tokens, len(val) - 1) // max(lengths) * max(lengths)
+    if n_tokens == 0:
+        fail(f"{data}/val.bin has {len(val)} tokens, fewer than a chunk of {max(lengths)}: name smaller --lengths")
+    if val[: n_tokens + 1].max() >= model.cfg.vocab_size:
+        fail(f"{data}/val.bin has token {val[: n_tokens + 1].max()}, outside the vocabulary of {model.cfg.vocab_size}")
+    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"])
+    result = {
+        "name": path.resolve().name if path.is_dir() else path.resolve().parent.name,
+        "train_len": model.cfg.train_len, "step": checkpoint["step"], "config": config,
+        "data": meta.get("source", str(data)), "eval_tokens": n_tokens, "trials": args.trials, "seed": args.seed,
+        "dtype": dtype, "torch": torch.__version__, "lengths": lengths, "perplexity": [], "passkey": [], "by_depth": [],
+    }  # fmt: skip
+    for length in lengths:
+        try:
+            documents, answers, depths = passkey_trials(tokenizer, length, args.trials, args.seed)
+        except ValueError as error:
+            fail(str(error))
+        ppl = perplexity(model, val[: n_tokens + 1], length, args.batch_tokens, autocast, Progress(f"perplexity {length}"))
+        right = passkey_right(model, documents, answers, args.batch_tokens, autocast, Progress(f"passkey {length}"))
+        bins = np.minimum((depths * 10).astype(int), 9)
+        result["perplexity"].append(round(ppl, 4))
+        result["passkey"].append(int(right.sum()))
+        result["by_depth"].append([[int(right[bins == b].sum()), int((bins == b).sum())] for b in range(10)])
+        low, high = wilson(right.sum(), args.trials)
+        print(f"{result['name']}  length {length}: perplexity {ppl:.3f}, passkey {right.mean():.2f} [{low:.2f}, {high:.2f}]", flush=True)
+    result["minutes"] = round((time.time() - start) / 60, 2)
+    folder = path if path.is_dir() else path.parent
+    (folder / "eval.json").write_text(json.dumps(result) + "\n")
+    return result
+
+
+def group(results: list[dict]) -> dict[str, list[dict]]:
+    """Runs that differ in their seed alone (NAME-s0, NAME-s1, ..) belong together."""
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        groups.setdefault(re.sub(r"-s\d+$", "", result["name"]), []).append(result)
+    return groups
+
+
+def table(results: list[dict]) -> str:
+    """Markdown. One seed: accuracy with its Wilson interval. Several: the mean and, in brackets, the range of the seeds."""
+    lengths = results[0]["lengths"]
+    rows = ["| | seeds | " + " | ".join(map(str, lengths)) + " |", "|---" * (len(lengths) + 2) + "|"]
+
+    def cell(values: list[float], digits: int) -> str:
+        text = f"{np.mean(values):.{digits}f}"
+        return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+    for name, runs in group(results).items():
+        cells = [cell([run["perplexity"][i] for run in runs], 2) for i in range(len(lengths))]
+        rows.append(f"| {name}: perplexity | {len(runs)} | " + " | ".join(cells) + " |")
+    for name, runs in group(results).items():
+        cells = [cell([run["passkey"][i] / run["trials"] for run in runs], 2) for i in range(len(lengths))]
+        if len(runs) == 1:
+            intervals = [wilson(right, runs[0]["trials"]) for right in runs[0]["passkey"]]
+            cells = [f"{c} [{low:.2f}, {high:.2f}]" for c, (low, high) in zip(cells, intervals)]
+        rows.append(f"| {name}: passkey | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def figure(results: list[dict], path: Path) -> None:
+    """Accuracy and perplexity against length, a line a group, a band over its seeds, the training length marked."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("x", "--"), ("P", "-."), ("*", ":")]
+    for i, (name, runs) in enumerate(group(results).items()):
+        marker, line = styles[i % len(styles)]
+        for axis, values in zip(axes, ([[r / run["trials"] for r in run["passkey"]] for run in runs], [run["perplexity"] for run in runs])):
+            lengths, values = runs[0]["lengths"], np.array(values)
+            axis.plot(lengths, values.mean(0), marker=marker, linestyle=line, label=f"{name} (n={len(runs)})")
+            axis.fill_between(lengths, values.min(0), values.max(0), alpha=0.2)
+    for axis, title in zip(axes, ("passkey accuracy", "validation perplexity")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(results[0]["lengths"], map(str, results[0]["lengths"]))
+        axis.set_xlabel("length in tokens")
+        axis.set_title(title)
+        for train_len in sorted({result["train_len"] for result in results}):
+            axis.axvline(train_len, color="gray", linewidth=1, linestyle=":")
+    axes[0].set_ylim(-0.03, 1.03)
+    axes[1].set_yscale("log")
+    axes[1].legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="folders or files that train.py wrote; or eval.json files")
+    parser.add_argument("--lengths", help="comma-separated; the first one's training length times 1, 2, 4, 8, 16 unless told")
+    parser.add_argument("--trials", type=int, default=100, help="passkey trials a length (the paper: 1000)")
+    parser.add_argument("--data", help="folder with val.bin; each checkpoint's own unless told")
+    parser.add_argument("--eval_tokens", type=int, default=131_072, help="validation tokens for the perplexity, at most")
+    parser.add_argument("--batch_tokens", type=int, default=16_384, help="tokens at once: less of it for less memory")
+    parser.add_argument("--out", type=Path, help="folder for eval.md and eval.png; where the checkpoints are unless told")
+    parser.add_argument("--seed", type=int, default=0, help="of the keys and their places")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    args = parser.parse_args(argv)
+    if args.trials < 1:
+        fail("--trials must be at least 1")
+
+    results, lengths = [], None
+    try:
+        lengths = [int(x) for x in args.lengths.split(",")] if args.lengths else None
+        for path in args.checkpoints:
+            if path.suffix == ".json":
+                results.append(json.loads(path.read_text()))
+            else:
+                if lengths is None:
+                    lengths = [load_model(path)[0].cfg.train_len * m for m in (1, 2, 4, 8, 16)]
+                results.append(evaluate(path, args, lengths))
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    if any(result["lengths"] != results[0]["lengths"] for result in results):
+        fail("the results are of different lengths: evaluate them with the same --lengths")
+    first = args.checkpoints[0].resolve()
+    out = args.out or (first if first.is_dir() and len(results) == 1 else first.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval.md").write_text(table(results) + "\n")
+    figure(results, out / "eval.png")
+    print(f"\n{table(results)}\n\nwritten: {out}/eval.md, {out}/eval.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,203 @@
+"""Position embeddings in the frequency domain: FoPE, and what it is compared with (RoPE, ALiBi, NoPE).
+
+Attention compares a query at position i with a key at position j. Without help it cannot see i - j.
+
+RoPE (Su et al., arXiv 2104.09864) turns pair m of every query and key at position n by the angle w_m n:
+
+    w_m = theta^(-2m/d),  m = 0 .. d/2-1                                                              (1)
+    (x_m, x_{m+d/2})  ->  (x_m cos w_m n - x_{m+d/2} sin w_m n,  x_{m+d/2} cos w_m n + x_m sin w_m n)  (2)
+
+so the logit at distance n is h(n) = sum_m H_m exp(i w_m n): an inverse non-uniform Fourier transform. Every
+term is periodic and could go on for ever. Two things break that beyond the training length N:
+
+  - leakage and distortion: linear layers and activations mix the pairs, so each holds other frequencies too;
+  - truncation: a wave slower than the floor
+
+    w_l = 2 pi / N                                                                                    (3)
+
+    never finishes a cycle in training. The model sees a piece of it, and from N on meets angles it never saw.
+
+FoPE (Hua et al., arXiv 2412.17739) answers both. A pair under the floor is not turned at all, and every other
+pair is turned not by a single wave but by a Fourier series (the paper's Eq. 13):
+
+    f(w_m, n) = 1                                        if w_m < w_l    (CF: clip to frequency zero)
+    f(w_m, n) = exp(i w_m n) + sum_w a_w exp(i w n)      otherwise       (FS: the pair's own wave, plus a little
+                                                                          of the others; a_w drawn once, fixed)
+
+A position embedding here is a module: forward(q, k, offset) takes q and k of shape (B, n_head, T, head_dim) that
+stand at positions offset .. offset+T-1, and returns them positioned. Attention stays one fused call for all of
+them, scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim ** -0.5): no T x T tensor is built.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class PositionOptions:
+    """What can be changed about FoPE, each named after the paper's word for it. RoPE reads theta alone."""
+
+    theta: float = 10_000.0  # base of the frequencies, Eq. 1
+    fourier_series: bool = True  # FS: False leaves every kept pair its own wave only
+    clip_floor: bool = True  # CF: False keeps the frequencies under the floor
+    sigma: float = 0.3  # size of the a_w; what it means is coef_init's to say
+    n_freqs: int = 0  # D, the frequencies in a series; 0: the kept ones and no others
+    coef_init: str = "xavier"  # "xavier": the release, gain sigma; "normal": the text, standard deviation sigma
+    zero_phase: bool = True  # clipped pairs: True is Eq. 13 (cos 1, sin 0); False the release (cos 1, sin 1)
+
+
+def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> torch.Tensor:
+    """Eq. 1: the head_dim/2 frequencies in radians a token, highest first, float64."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Eq. 2 on x (B, n_head, T, head_dim) with float32 tables of shape (T, M) or (n_head, T, M).
+
+    Pair m is (m, m + head_dim/2), the half-split layout of the release, Llama and vLLM. Pairs from M on are under
+    the floor and pass through untouched. Computed in float32, returned in x's dtype.
+    """
+    M = cos.shape[-1]
+    first, second = x.float().chunk(2, dim=-1)
+    a, b = first[..., :M], second[..., :M]
+    return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
+
+
+class RoPE(nn.Module):
+    """Eq. 2 for every pair, from cos and sin tables that grow when a longer sequence comes.
+
+    Angles are computed in float64 (in float32 the angle of position 8191 is off by up to 5e-4) on the CPU (not
+    every accelerator has float64), and kept as float32 tables.
+    """
+
+    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim {head_dim} is odd: a rotation needs pairs of dimensions")
+        self.omega = rope_frequencies(head_dim, options.theta)
+        self.build(train_len)
+
+    def tables(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for positions 0 .. T-1, float64, (T, M)."""
+        angle = torch.outer(torch.arange(T, dtype=torch.float64), self.omega)
+        return angle.cos(), angle.sin()
+
+    @torch.inference_mode(False)  # a table first grown in inference mode must still serve training
+    @torch.no_grad()
+    def build(self, T: int, device: torch.device | None = None) -> None:
+        """Make the tables for positions 0 .. T-1. Not saved: they follow from omega and the coefficients."""
+        for name, table in zip(("cos", "sin"), self.tables(T)):
+            self.register_buffer(name, table.float().to(device), persistent=False)
+
+    def forward(self, q, k, offset: int = 0):
+        end = offset + q.shape[-2]
+        if end > self.cos.shape[-2]:
+            self.build(max(end, 2 * self.cos.shape[-2]), self.cos.device)
+        assert self.cos.dtype == torch.float32, "the tables were cast: use autocast, not model.to(bfloat16)"
+        cos, sin = self.cos[..., offset:end, :], self.sin[..., offset:end, :]
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+class FoPE(RoPE):
+    """Eq. 13. The coefficients never change, so each series is summed once, into tables of shape (n_head, T, M):
+    from there on FoPE *is* RoPE with other tables, and costs what RoPE costs.
+
+    M pairs are kept: those with w_m >= 2 pi / N. N is the training length, also where the test is longer.
+    A series has D frequencies: the M kept ones, and D - M more, evenly spaced in log w between the floor and pi.
+    The coefficients are drawn per layer (by seed), per head, and for cos and sin apart. They come from a generator
+    of their own, so that all other weights start as RoPE's do, and are saved with the model.
+
+    Since q and k are both multiplied by a series, their product also holds the cross terms a_w a_w', which depend
+    on absolute position: the logit is not exactly a function of distance. The paper does not say so.
+
+    Raises ValueError: 0 < n_freqs < M; an unknown coef_init; N so short that every pair is clipped (N < 7).
+    """
+
+    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
+        nn.Module.__init__(self)
+        if head_dim % 2:
+            raise ValueError(f"head_dim {head_dim} is odd: a rotation needs pairs of dimensions")
+        floor = 2 * math.pi / train_len  # Eq. 3
+        omega = rope_frequencies(head_dim, options.theta)
+        kept = omega[omega >= floor] if options.clip_floor else omega
+        M, D = len(kept), options.n_freqs or len(kept)
+        if M == 0:
+            raise ValueError(f"train_len {train_len} is so short that the floor 2 pi / {train_len} clips every frequency")
+        if D < M:
+            raise ValueError(f"n_freqs {D} is fewer than the {M} frequencies kept at train_len {train_len}: use 0 or >= {M}")
+        # The paper: "others anywhere in [0, pi]". Midpoints of D - M equal steps of log w.
+        step = (torch.arange(D - M, dtype=torch.float64) + 0.5) / max(D - M, 1)
+        self.omega = torch.cat([kept, floor * (math.pi / floor) ** step])
+        # The release clips by zeroing the angle *after* cos and sin, so cos = sin = 1: a turn by 45 degrees and a
+        # stretch by sqrt(2), which makes these pairs count twice in the logit. Eq. 13 is "leave it alone".
+        self.n_unit = 0 if options.zero_phase else head_dim // 2 - M
+
+        # The paper's text says N(0, sigma). The release says xavier_normal_(gain=sigma) on an (n_head, D, M) tensor,
+        # whose fans torch counts as D M and n_head M: about a fourteenth of sigma at 60M.
+        std = {"normal": options.sigma, "xavier": options.sigma * math.sqrt(2 / (D * M + n_head * M))}
+        if options.coef_init not in std:
+            raise ValueError(f"coef_init {options.coef_init!r} is unknown: use {' or '.join(std)}")
+        generator = torch.Generator().manual_seed(seed)
+        coef = torch.randn(2, n_head, D, M, generator=generator) * std[options.coef_init]
+        self.register_buffer("coef", coef if options.fourier_series else None)  # [0] for cos, [1] for sin
+        self.build(train_len)
+
+    def tables(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The M series at positions 0 .. T-1, float64, (n_head, T, M); without FS (T, M)."""
+        cos, sin = super().tables(T)  # (T, D): the waves
+        if self.coef is not None:
+            weight = self.coef.double().cpu()
+            weight = weight + torch.eye(*weight.shape[-2:], dtype=torch.float64)  # own wave: column m has a 1 at w_m
+            cos, sin = cos @ weight[0], sin @ weight[1]  # (T, D) @ (n_head, D, M)
+        if self.n_unit:
+            cos, sin = (torch.cat([x, x.new_ones(*x.shape[:-1], self.n_unit)], dim=-1) for x in (cos, sin))
+        return cos, sin
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.build(self.cos.shape[-2], self.cos.device)  # the tables follow the coefficients just loaded
+
+
+class ALiBi(nn.Module):
+    """Press et al., arXiv 2108.12409: logit - slope_h (i - j), slope_h = 2^(-8h/n_head), h = 1 .. n_head.
+
+    No mask is needed. softmax over j does not change by slope * i, the same for all j; what is left, slope * j, is
+    a product: channels on q that hold slope / scale against channels on k that hold j. bfloat16 has 8 bits, so j
+    is split into 128 * (j // 128) and j % 128, both exact up to 32 768, and the slope into a rounded value and its
+    remainder: 2 x 2 channels. Padded to 8, which fused kernels on a GPU ask for. The caller pads v alike and cuts
+    the output (GPT does), since those kernels also ask that q, k and v have one size.
+    """
+
+    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
+        super().__init__()
+        p = 2 ** int(math.log2(n_head))  # where n_head is no power of two: the paper's own code fills in
+        slopes = [2 ** (-8 * h / p) for h in range(1, p + 1)] + [2 ** (-4 * h / p) for h in range(1, 2 * p, 2)]
+        slopes = torch.tensor(slopes[:n_head], dtype=torch.float64) * head_dim**0.5  # attention multiplies by scale
+        self.register_buffer("slopes", slopes.float(), persistent=False)
+
+    def forward(self, q, k, offset: int = 0):
+        B, _, T, _ = q.shape
+        j = torch.arange(offset, offset + T, device=k.device)
+        coarse, fine, zero = j // 128 * 128, j % 128, torch.zeros_like(j)
+        on_k = torch.stack([coarse, fine, coarse, fine, zero, zero, zero, zero], dim=-1).to(k.dtype)  # (T, 8)
+        high = self.slopes.to(q.dtype)
+        low = (self.slopes - high.float()).to(q.dtype)
+        zero = torch.zeros_like(high)
+        on_q = torch.stack([high, high, low, low, zero, zero, zero, zero], dim=-1)[:, None]  # (n_head, 1, 8)
+        return torch.cat([q, on_q.expand(B, -1, T, -1)], dim=-1), torch.cat([k, on_k.expand(B, len(high), -1, -1)], dim=-1)
+
+
+class NoPE(nn.Module):
+    """No position embedding: a causal model can still count (Kazemnejad et al., arXiv 2305.19466)."""
+
+    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
+        super().__init__()
+
+    def forward(self, q, k, offset: int = 0):
+        return q, k
+
+
+POSITIONS = {"fope": FoPE, "rope": RoPE, "alibi": ALiBi, "nope": NoPE}

@@ -113,7 +113,7 @@ class FoPE(RoPE):
     Since q and k are both multiplied by a series, their product also holds the cross terms a_w a_w', which depend
     on absolute position: the logit is not exactly a function of distance. The paper does not say so.
 
-    Raises ValueError: 0 < n_freqs < M; an unknown coef_init; N so short that every pair is clipped (N < 7).
+    Raises ValueError: 0 < n_freqs < M; an unknown coef_init; a negative sigma; N so short that every pair is clipped (N < 7).
     """
 
     def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
@@ -138,6 +138,8 @@ class FoPE(RoPE):
         # The paper's text says N(0, sigma). The release says xavier_normal_(gain=sigma) on an (n_head, D, M) tensor,
         # whose fans torch counts as D M and n_head M: about a fourteenth of sigma at 60M.
         std = {"normal": options.sigma, "xavier": options.sigma * math.sqrt(2 / (D * M + n_head * M))}
+        if not 0 <= options.sigma < math.inf:
+            raise ValueError(f"sigma {options.sigma} must be a number from 0 up")
         if options.coef_init not in std:
             raise ValueError(f"coef_init {options.coef_init!r} is unknown: use {' or '.join(std)}")
         generator = torch.Generator().manual_seed(seed)
@@ -183,6 +185,7 @@ class ALiBi(nn.Module):
         j = torch.arange(offset, offset + T, device=k.device)
         coarse, fine, zero = j // 128 * 128, j % 128, torch.zeros_like(j)
         on_k = torch.stack([coarse, fine, coarse, fine, zero, zero, zero, zero], dim=-1).to(k.dtype)  # (T, 8)
+        assert self.slopes.dtype == torch.float32, "the slopes were cast: use autocast, not model.to(bfloat16)"
         high = self.slopes.to(q.dtype)
         low = (self.slopes - high.float()).to(q.dtype)
         zero = torch.zeros_like(high)

@@ -18,7 +18,8 @@ from torch import nn
 from fope import POSITIONS, PositionOptions
 
 PRESETS = {  # the paper's names: its counts hold one of the two embedding matrices
-    "tiny": dict(n_layer=4, n_head=2, n_embd=128, n_hidden=512),
+    # init_std 0.02 is 0.45 / sqrt(width) at 60M. At width 128 it leaves attention so flat that retrieval starts late.
+    "tiny": dict(n_layer=3, n_head=2, n_embd=128, n_hidden=512, init_std=0.06),
     "60M": dict(n_layer=8, n_head=8, n_embd=512, n_hidden=2048, sigma=0.3),
     "180M": dict(n_layer=8, n_head=8, n_embd=1024, n_hidden=4096, sigma=0.4),
     "1.2B": dict(n_layer=16, n_head=16, n_embd=2048, n_hidden=8192, sigma=0.6),
@@ -30,11 +31,12 @@ class GPTConfig(PositionOptions):
     """A model's shape, and, inherited, the options of its position embedding."""
 
     pos: str = "fope"  # position embedding: fope, rope, alibi or nope
-    n_layer: int = 4  # blocks
+    n_layer: int = 3  # blocks
     n_head: int = 2  # attention heads
     n_embd: int = 128  # width
     n_hidden: int = 512  # width inside the MLP
     vocab_size: int = 50_304  # tokens, padded to a multiple of 64
+    init_std: float = 0.02  # of every matrix at the start
     train_len: int = 512  # N, the training length in tokens; FoPE's floor is 2 pi / N
     seed: int = 0  # of weights, coefficients and data order
 
@@ -49,7 +51,7 @@ class Attention(nn.Module):
         self.n_head, self.head_dim = cfg.n_head, cfg.head_dim
         self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        seed = cfg.seed * cfg.n_layer + layer  # a draw of its own for every layer
+        seed = cfg.seed * cfg.n_layer + layer + 1  # every layer has a draw of its own, and none shares the weights' seed
         self.position = POSITIONS[cfg.pos](cfg.n_head, cfg.head_dim, cfg.train_len, cfg, seed)
 
     def forward(self, x, cache=None):
@@ -95,14 +97,16 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT(cfg)(tokens) -> logits (B, T, vocab_size); with targets (B, T) also the mean cross-entropy in nats.
 
-    Every matrix starts from a normal with std 0.02 cut at three standard deviations, drawn under cfg.seed; the RMSNorm
-    weights start at 1. Raises ValueError: unknown cfg.pos, n_head that does not divide n_embd, what fope.py refuses.
+    Every matrix starts from a normal with std init_std cut at three standard deviations, drawn under cfg.seed; the
+    RMSNorm weights start at 1. Raises ValueError: unknown cfg.pos, n_head that does not divide n_embd, what fope.py refuses.
     """
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
         if cfg.pos not in POSITIONS:
             raise ValueError(f"pos {cfg.pos!r} is unknown: use {', '.join(POSITIONS)}")
+        if min(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.n_hidden, cfg.vocab_size, cfg.train_len) < 1:
+            raise ValueError("n_layer, n_head, n_embd, n_hidden, vocab_size and train_len must be at least 1")
         if cfg.n_embd % cfg.n_head:
             raise ValueError(f"n_head {cfg.n_head} does not divide n_embd {cfg.n_embd}")
         self.cfg = cfg
@@ -113,7 +117,7 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(cfg.seed)
         for weight in self.parameters():
             if weight.dim() == 2:
-                nn.init.trunc_normal_(weight, std=0.02, a=-0.06, b=0.06, generator=generator)
+                nn.init.trunc_normal_(weight, std=cfg.init_std, a=-3 * cfg.init_std, b=3 * cfg.init_std, generator=generator)
 
     def n_params(self) -> int:
         """Parameters with one embedding matrix counted: the number in the paper's names, and in its 6 n D FLOPs."""
@@ -149,16 +153,20 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """What train.py saved in a file, or in a folder as ckpt.pt: step, config, model, optimizer. Raises ValueError."""
+    """What train.py saved in a file, or in a folder as ckpt.pt: step, config, tokenizer, model, optimizer.
+
+    Raises ValueError for a file that is missing, damaged or something else.
+    """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}: train.py writes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["step"], checkpoint["config"], checkpoint["model"]
-    except Exception as error:  # the zip reader, the unpickler and a missing key each raise their own
+    except Exception as error:  # the zip reader and the unpickler each raise their own
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__}): copy or train it again") from error
+    if not isinstance(checkpoint, dict) or not {"step", "config", "tokenizer", "model"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py")
     return checkpoint
 
 
@@ -169,7 +177,7 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
     try:
         model = GPT(GPTConfig(**{name: value for name, value in checkpoint["config"].items() if name in names}))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the weights in {path} do not fit its own configuration: train it again") from error
     return model.eval(), checkpoint
 
@@ -186,7 +194,7 @@ def find_device(device: str = "auto", dtype: str = "auto"):
     try:
         found = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} does not work here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {device!r} does not work here: {str(error).splitlines()[0][:100]}") from error
     if found.type == "cuda":
         torch.cuda.set_device(found)
         has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)

@@ -34,7 +34,7 @@ from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
 PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000, eval_every=500, save_every=500)
 RECIPES = {
     "tiny": dict(data="data/builtin", batch_tokens=4096, micro_tokens=4096, steps=3000, lr=2e-3, warmup=100,
-                 eval_every=500, save_every=500),
+                 log_every=50, eval_every=500, save_every=500),
     "60M": PAPER | dict(micro_tokens=32_768),  # a 48 GB card's share; less memory: less of it at once, same result
     "180M": PAPER | dict(micro_tokens=16_384),
     "1.2B": PAPER | dict(micro_tokens=4096),
@@ -355,19 +355,18 @@ def train(cfg: TrainConfig) -> Path | None:
 
         done = step + 1
         stopping = stop > 0 or done == cfg.steps
-        if done == start + 1:  # compiling took its part of this one: the clock starts here
-            logged_at, logged_step = time.perf_counter(), done
-        elif done % cfg.log_every == 0 or stopping:
+        if done % cfg.log_every == 0 or done == start + 1 or stopping:
             now = time.perf_counter()
             speed = (done - logged_step) * cfg.batch_tokens / (now - logged_at)
-            logged_at, logged_step = now, done
-            share_of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if machine.peak else None
-            record(step=done, loss=loss, lr=learning_rate(step, cfg), grad_norm=norm, tokens_per_s=round(speed), share_of_peak=share_of_peak)
-            machine.say(
-                f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {learning_rate(step, cfg):.2e}  grad norm {norm:.2f}  {speed:,.0f} tokens/s  "
-                + (f"{share_of_peak:.1%} of peak  " if share_of_peak else "")
-                + f"{clock((cfg.steps - done) * cfg.batch_tokens / speed)} left"
-            )
+            of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if machine.peak else None
+            timing = dict(tokens_per_s=round(speed), of_peak=of_peak) if done > start + 1 else {}  # the first step compiles
+            record(step=done, loss=loss, lr=learning_rate(step, cfg), grad_norm=norm, **timing)
+            text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {learning_rate(step, cfg):.2e}  grad norm {norm:.2f}"
+            if timing:
+                left = (cfg.steps - done) * cfg.batch_tokens / speed
+                text += f"  {speed:,.0f} tokens/s" + (f"  {of_peak:.1%} of peak" if of_peak else "") + f"  {clock(left)} left"
+            machine.say(text)
+            logged_at, logged_step = time.perf_counter(), done
         if done % cfg.eval_every == 0 or done == cfg.steps:
             val_loss = validate()
             record(step=done, val_loss=val_loss)

@@ -112,8 +112,22 @@ def join(tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate([np.array(tokens + [end], dtype=np.uint16) for tokens in batches])
 
 
-def builtin(out: Path, length: int = 512, share: float = 0.5, seed: int = 0) -> dict:
-    """Windows of `length` byte tokens, text and passkey documents in turn; `share` of them passkey."""
+def drill(rng, length: int) -> np.ndarray:
+    """Byte tokens that say one key again and again, with cuts of filler between: retrieval at every distance.
+
+    In the document above six bytes of `length` can be learned from, too few for a small model to find among the rest.
+    Here it is up to one in eight: each drill draws how long its cuts may be, from 16 to 256 bytes.
+    """
+    key, longest = rng.integers(10_000, 100_000), 2 ** rng.integers(4, 9)
+    lines = [INFORMATION, QUESTION + ANSWER, "The pass key is {k}."]
+    start, text = rng.integers(100), ""
+    while len(text) < start + length:
+        text += lines[rng.integers(len(lines))].format(k=key) + "\n" + " ".join([FILLER] * 3)[: rng.integers(longest)] + "\n"
+    return np.frombuffer(text[start : start + length].encode(), dtype=np.uint8)
+
+
+def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) -> dict:
+    """Training windows of `length` byte tokens: text, and a share of passkey windows, three in four of them drills."""
     source, documents = standard_library()
     tokenizer = byte_tokenizer()
     text = join(tokenizer, [t for name, t in documents if not held_out(name, 0.03)])
@@ -121,34 +135,12 @@ def builtin(out: Path, length: int = 512, share: float = 0.5, seed: int = 0) -> 
     text = text[: len(text) // length * length].reshape(-1, length)
     rng = np.random.default_rng(seed)
     passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
-    for row in passkey:
-        row[:] = passkey_window(tokenizer, rng, text, length)
+    for window in passkey:
+        document, _ = passkey_document(tokenizer, length, int(rng.integers(10_000, 100_000)), rng.random())
+        window[:] = drill(rng, length) if rng.random() < 0.75 else document
     train = rng.permutation(np.concatenate([text, passkey])).ravel()
-    return write(out, tokenizer, train, val, {"source": source, "documents": len(documents), "passkey_share": share, "passkey_length": length})
-
-
-def passkey_window(tokenizer, rng, text, length):
-    mode = os.environ.get("PK_MODE", "full")
-    if mode in ("mini", "mini2") and rng.random() < 0.5:
-        out = b""
-        while len(out) < length:
-            key = int(rng.integers(10_000, 100_000))
-            if rng.random() < .5: f = int(np.exp(rng.random() * np.log(300)))
-            else: f = int(rng.integers(0, 300))
-            fill = (FILLER + " ") * 5
-            doc = ("\n".join([INFORMATION.format(k=key), fill[:f], QUESTION + ANSWER.format(k=key)]) + "\n").encode()
-            out += doc
-        return np.frombuffer(out[-length:], dtype=np.uint8)
-    key = int(rng.integers(10_000, 100_000))
-    if mode in("full", "mini"):
-        n = length
-    elif mode == "var":
-        n = int(rng.integers(253, length + 1))
-    elif mode in ("half", "mini2"):
-        n = length if rng.random() < 0.5 else int(rng.integers(253, length + 1))
-    doc, _ = passkey_document(tokenizer, n, key, rng.random())
-    prefix = text[rng.integers(len(text))][: length - n]
-    return np.concatenate([prefix, np.array(doc, dtype=np.uint16)])
+    facts = {"source": source, "documents": len(documents), "passkey_share": share, "window": length}
+    return write(out, tokenizer, train, val, facts)
 
 
 def text_files(out: Path, paths: list[str], val_share: float = 0.01) -> dict:

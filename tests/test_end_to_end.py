@@ -1,0 +1,42 @@
+"""The two commands of the README, small: train from nothing, then compare runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--n_layer=1 --n_embd=32 --n_hidden=64 --steps=3 --batch_tokens=1024 --eval_tokens=8192 --eval_trials=2 --compile=off --device=cpu".split()
+
+
+def run(folder, script, *argv):
+    """A command in another folder than the repository: what it prints."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / script, *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_train_from_nothing_then_compare(tmp_path):
+    printed = run(tmp_path, "train.py", *SMALL)
+    assert printed.count("making the built-in corpus") == 1
+    assert "step 3/3  loss" in printed and "step 3/3  validation loss" in printed
+    meta = json.loads((tmp_path / "data" / "builtin" / "meta.json").read_text())
+    assert meta["train"]["tokens"] > 10_000_000 and meta["val"]["tokens"] > 100_000
+    fope = tmp_path / "out" / "tiny-fope-s0"
+    assert sorted(path.name for path in fope.iterdir()) == ["ckpt.pt", "eval.json", "eval.md", "eval.png", "log.jsonl"]
+    assert (fope / "eval.md").read_text() in printed
+    assert "| | seeds | 512 | 1024 | 2048 | 4096 | 8192 |" in printed
+    assert json.loads((fope / "eval.json").read_text())["trials"] == 2
+
+    printed = run(tmp_path, "train.py", *SMALL, "--pos=rope", "--eval_trials=0", "--seed=1")
+    assert "making the built-in corpus" not in printed  # it is there
+
+    folders = sorted((tmp_path / "out").iterdir())  # out/*/
+    assert [folder.name for folder in folders] == ["tiny-fope-s0", "tiny-rope-s1"]
+    printed = run(tmp_path, "eval_passkey.py", *folders, "--trials=2", "--lengths=512,1024", "--device=cpu", "--eval_tokens=8192")
+    for name in ("tiny-fope: passkey", "tiny-fope: perplexity", "tiny-rope: passkey", "tiny-rope: perplexity"):
+        assert f"| {name} | 1 |" in printed
+    assert {"eval.md", "eval.png"} <= {path.name for path in (tmp_path / "out").iterdir()}

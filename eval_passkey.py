@@ -3,10 +3,14 @@
     python eval_passkey.py out/*/                      every run in one table and one figure
     python eval_passkey.py out/*/eval.json             the same from results already there
     python eval_passkey.py out/60M-fope-s0 --trials=1000 --data=data/c4
+    python eval_passkey.py out/*/ --behind_text        a probe: see below
 
 Passkey: a prompt of exactly L tokens, answer included (data/prepare.py), the key's place uniform. A trial counts when
 greedy decoding yields the answer. With the right answer fed in, it does exactly when every answer token is the arg max
 (by induction: up to the first wrong token both see the same input), so one forward pass decides a trial.
+
+A long prompt is new in two ways: its filler is longer than any in training, and its positions are. --behind_text keeps
+the first away: the prompt has the training length, and validation text stands before it up to L.
 
 Perplexity at length L: the same validation tokens at every L, cut into chunks of L. Every token counts, also the ones
 at a chunk's start that see little: a model that looks at one token alone scores the same at every L.
@@ -32,15 +36,18 @@ def wilson(right: int, trials: int) -> tuple[float, float]:
     """The 95 % interval of an accuracy (Wilson 1927): honest at 0 and at 1, where the normal one has width 0."""
     z, p = 1.96, right / trials
     centre, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
+    return max((centre - spread) / (1 + z * z / trials), 0.0), min((centre + spread) / (1 + z * z / trials), 1.0)
 
 
-def passkey_trials(tokenizer, length: int, trials: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents (trials, length), their answers' token counts, and the depths of the keys, uniform in [0, 1)."""
+def passkey_trials(tokenizer, length: int, trials: int, seed: int, text=()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents (trials, length), their answers' token counts, and the depths of the keys, uniform in [0, 1).
+
+    With `text` (tokens), that stands first, and the document fills only what is left of the length.
+    """
     rng = np.random.default_rng((seed, length))
     keys, depths = rng.integers(10_000, 100_000, trials), rng.random(trials)
-    documents = [prepare.passkey_document(tokenizer, length, int(k), d) for k, d in zip(keys, depths)]
-    return np.array([tokens for tokens, _ in documents]), np.array([n for _, n in documents]), depths
+    documents = [prepare.passkey_document(tokenizer, length - len(text), int(k), d) for k, d in zip(keys, depths)]
+    return np.array([[*text, *tokens] for tokens, _ in documents]), np.array([n for _, n in documents]), depths
 
 
 class Progress:
@@ -87,8 +94,8 @@ def perplexity(model, tokens: np.ndarray, length: int, batch_tokens: int, autoca
     return math.exp(total / len(inputs))
 
 
-def evaluate(path: Path, args, lengths: list[int]) -> dict:
-    """One checkpoint at every length. The result is also written beside it, as eval.json."""
+def evaluate(path: Path, args, lengths: list[int] | None) -> dict:
+    """One checkpoint at every length (None: 1 to 16 times N). The result is also written beside it, as eval.json."""
     start = time.time()
     try:
         model, checkpoint = load_model(path)
@@ -96,6 +103,7 @@ def evaluate(path: Path, args, lengths: list[int]) -> dict:
     except ValueError as error:
         fail(str(error))
     model.to(device)
+    lengths = lengths or [model.cfg.train_len * m for m in (1, 2, 4, 8, 16)]
     config = checkpoint["config"]
     data = args.data or config["data"]
     val, meta = prepare.load(data, "val")
@@ -110,12 +118,13 @@ def evaluate(path: Path, args, lengths: list[int]) -> dict:
     result = {
         "name": path.resolve().name if path.is_dir() else path.resolve().parent.name,
         "train_len": model.cfg.train_len, "step": checkpoint["step"], "config": config,
-        "data": meta.get("source", str(data)), "eval_tokens": n_tokens, "trials": args.trials, "seed": args.seed,
+        "data": meta.get("source", str(data)), "behind_text": args.behind_text, "eval_tokens": n_tokens, "trials": args.trials, "seed": args.seed,
         "dtype": dtype, "torch": torch.__version__, "lengths": lengths, "perplexity": [], "passkey": [], "by_depth": [],
     }  # fmt: skip
     for length in lengths:
         try:
-            documents, answers, depths = passkey_trials(tokenizer, length, args.trials, args.seed)
+            text = val[: max(length - model.cfg.train_len, 0)] if args.behind_text else ()
+            documents, answers, depths = passkey_trials(tokenizer, length, args.trials, args.seed, text)
         except ValueError as error:
             fail(str(error))
         ppl = perplexity(model, val[: n_tokens + 1], length, args.batch_tokens, autocast, Progress(f"perplexity {length}"))
@@ -127,8 +136,11 @@ def evaluate(path: Path, args, lengths: list[int]) -> dict:
         low, high = wilson(right.sum(), args.trials)
         print(f"{result['name']}  length {length}: perplexity {ppl:.3f}, passkey {right.mean():.2f} [{low:.2f}, {high:.2f}]", flush=True)
     result["minutes"] = round((time.time() - start) / 60, 2)
-    folder = path if path.is_dir() else path.parent
-    (folder / "eval.json").write_text(json.dumps(result) + "\n")
+    file = (path if path.is_dir() else path.parent) / f"{args.stem}.json"
+    try:
+        file.write_text(json.dumps(result) + "\n")
+    except OSError as error:
+        fail(f"{file} cannot be written: {error}")
     return result
 
 
@@ -161,13 +173,16 @@ def table(results: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def figure(results: list[dict], path: Path) -> None:
-    """Accuracy and perplexity against length, a line a group, a band over its seeds, the training length marked."""
+def figure(results: list[dict], path: Path) -> bool:
+    """Accuracy and perplexity against length, a line a group, a band over its seeds, the training length marked.
+
+    False where matplotlib, which nothing else needs, is missing.
+    """
     try:
         import matplotlib
     except ImportError:
         print("no figure: matplotlib is not installed")
-        return
+        return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -188,9 +203,12 @@ def figure(results: list[dict], path: Path) -> None:
             axis.axvline(train_len, color="gray", linewidth=1, linestyle=":")
     axes[0].set_ylim(-0.03, 1.03)
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("{x:g}")
     axes[1].legend(fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
+    return True
 
 
 def main(argv: list[str]) -> None:
@@ -199,6 +217,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="folders or files that train.py wrote; or eval.json files")
     parser.add_argument("--lengths", help="comma-separated; the first one's training length times 1, 2, 4, 8, 16 unless told")
     parser.add_argument("--trials", type=int, default=100, help="passkey trials a length (the paper: 1000)")
+    parser.add_argument("--behind_text", action="store_true", help="a prompt of the training length behind validation text")
     parser.add_argument("--data", help="folder with val.bin; each checkpoint's own unless told")
     parser.add_argument("--eval_tokens", type=int, default=131_072, help="validation tokens for the perplexity, at most")
     parser.add_argument("--batch_tokens", type=int, default=16_384, help="tokens at once: less of it for less memory")
@@ -207,29 +226,38 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     args = parser.parse_args(argv)
+    args.stem = "eval-behind-text" if args.behind_text else "eval"
     if args.trials < 1:
         fail("--trials must be at least 1")
 
-    results, lengths = [], None
+    results = []
     try:
         lengths = [int(x) for x in args.lengths.split(",")] if args.lengths else None
-        for path in args.checkpoints:
-            if path.suffix == ".json":
+        if lengths and min(lengths) < 1:
+            raise ValueError
+    except ValueError:
+        fail(f"--lengths {args.lengths} is no list of numbers like 512,1024")
+    for path in args.checkpoints:
+        if path.suffix == ".json":
+            try:
                 results.append(json.loads(path.read_text()))
-            else:
-                if lengths is None:
-                    lengths = [load_model(path)[0].cfg.train_len * m for m in (1, 2, 4, 8, 16)]
-                results.append(evaluate(path, args, lengths))
-    except (ValueError, OSError) as error:
-        fail(str(error))
+                results[-1]["passkey"], results[-1]["perplexity"]
+            except (OSError, ValueError, TypeError, KeyError):
+                fail(f"{path} is no result of this command")
+        else:
+            results.append(evaluate(path, args, lengths))
+            lengths = results[-1]["lengths"]
     if any(result["lengths"] != results[0]["lengths"] for result in results):
         fail("the results are of different lengths: evaluate them with the same --lengths")
     first = args.checkpoints[0].resolve()
     out = args.out or (first if first.is_dir() and len(results) == 1 else first.parent)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.md").write_text(table(results) + "\n")
-    figure(results, out / "eval.png")
-    print(f"\n{table(results)}\n\nwritten: {out}/eval.md, {out}/eval.png")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{args.stem}.md").write_text(table(results) + "\n")
+        drawn = figure(results, out / f"{args.stem}.png")
+    except OSError as error:
+        fail(f"{out} cannot be written: {error}")
+    print(f"\n{table(results)}\n\nwritten: {out}/{args.stem}.md" + f", {out}/{args.stem}.png" * drawn)
 
 
 if __name__ == "__main__":

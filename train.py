@@ -82,9 +82,11 @@ def parse_flags(argv: list[str]) -> TrainConfig:
     """--name=value and --name value for every field; a flag wins over the preset, the preset over the default."""
 
     def boolean(text: str) -> bool:
-        return {"true": True, "false": False}[text.lower()]
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
 
-    boolean.__name__ = "boolean (true or false)"
+    boolean.__name__ = "true or false"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     for f in fields(TrainConfig):
@@ -102,6 +104,9 @@ def parse_flags(argv: list[str]) -> TrainConfig:
     for name in ("n_layer", "n_head", "n_embd", "n_hidden", "train_len", "steps", "batch_tokens", "log_every", "eval_every", "save_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} must be at least 1")
+    for name in ("seed", "warmup", "eval_trials"):
+        if getattr(cfg, name) < 0:
+            fail(f"--{name} must not be negative")
     return cfg
 
 
@@ -121,17 +126,17 @@ class Machine:
             self.device, dtype, self.autocast = find_device(cfg.device, cfg.dtype)
         except ValueError as error:
             fail(str(error))
-        torch.set_float32_matmul_precision("high")  # tf32 for what autocast leaves in float32; no effect on a CPU
 
         if cfg.compile not in ("auto", "on", "off"):
             fail(f"compile {cfg.compile!r} is unknown: use auto, on or off")
-        self.compile, why = cfg.compile == "on", ""
-        if cfg.compile == "auto" and self.device.type != "mps":
+        self.compile, why = cfg.compile == "on" or (cfg.compile == "auto" and self.device.type != "mps"), ""
+        if self.compile:
             try:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
-                self.compile = True
             except Exception as error:  # no C++ compiler, no Triton, a Python too new: each has its own exception
-                why = f" (torch.compile does not work here: {str(error).strip().splitlines()[0]})"
+                self.compile, why = False, f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+        if why and cfg.compile == "on":
+            fail(why)
 
         cuda = self.device.type == "cuda"
         if "RANK" in os.environ:
@@ -139,7 +144,7 @@ class Machine:
         name = torch.cuda.get_device_name() if cuda else self.device.type
         self.peak = next((flops for card, flops in PEAK.items() if card in name and dtype == "bfloat16"), None)
         backend = f", {self.world} processes over {dist.get_backend()}" if dist.is_initialized() else ""
-        self.say(f"device {name}, {dtype}, {'compiled' if self.compile else 'eager'}{why}{backend}")
+        self.say(f"device {name}, {dtype}, {'compiled' if self.compile else 'eager'}{why and f' ({why})'}{backend}")
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -196,6 +201,15 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         raise
 
 
+def open_log(path: Path, step: int):
+    """The log without the lines past `step`, which will be written again, open for more."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a")
+
+
 def initial_weights(model: GPT, path: str) -> str:
     """Load a checkpoint's weights. The position embedding's own state comes along where both have the same."""
     saved = load_checkpoint(path)["model"]
@@ -232,19 +246,18 @@ def train(cfg: TrainConfig) -> Path | None:
 
     def on_signal(number, frame):
         stop_asked.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one is not polite
+        signal.signal(number, handlers[number])  # the second one ends the process at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     # Everything that can be wrong with the input is found before anything is written.
     machine = Machine(cfg)
     main, device, N = machine.rank == 0, machine.device, cfg.train_len
-    if cfg.data == "data/builtin" and not Path(cfg.data).exists():
-        if main:
+    if cfg.data == "data/builtin":
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not Path(cfg.data).exists():
             machine.say("making the built-in corpus")
             prepare.builtin(Path(cfg.data))
-        machine.sum(0)  # the others wait
+        machine.sum(0)  # the others of this machine wait for it
     tokens, meta = prepare.load(cfg.data, "train")
     val_tokens, _ = prepare.load(cfg.data, "val")
     cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
@@ -273,6 +286,8 @@ def train(cfg: TrainConfig) -> Path | None:
         other = {k: v for k, v in checkpoint["config"].items() if k not in FREE and v != getattr(cfg, k, None)}
         if other:
             fail(f"{out} was trained with other settings: " + " ".join(f"--{k}={v}" for k, v in other.items()))
+        if checkpoint.get("data") != meta.get("train"):
+            fail(f"{out} was trained on other data than {cfg.data}: name the same --data")
         raw.load_state_dict(checkpoint["model"])
     raw.to(device)
     decay = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay)
@@ -281,13 +296,13 @@ def train(cfg: TrainConfig) -> Path | None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
 
+    machine.sum(0)  # every process has looked before one writes
     log = None
     if main:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))  # what came after the checkpoint is redone
-        log = open(out / "log.jsonl", "a")
+        try:
+            log = open_log(out / "log.jsonl", start)
+        except OSError as error:
+            fail(f"{out} cannot be written: {error}")
 
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
@@ -295,13 +310,18 @@ def train(cfg: TrainConfig) -> Path | None:
 
     def record(**line):
         if main:
-            print(json.dumps(line), file=log, flush=True)
+            try:
+                print(json.dumps(line), file=log, flush=True)
+            except OSError as error:
+                fail(f"{out}/log.jsonl could not be written ({error}): free the disk, then --resume")
 
     def save(step: int) -> None:
         error = None
         if main:
             try:
-                save_checkpoint(out / "ckpt.pt", {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "model": raw.state_dict(), "optimizer": optimizer.state_dict()})
+                state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict()}
+                facts = {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "data": meta.get("train")}
+                save_checkpoint(out / "ckpt.pt", facts | state)
             except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
                 error = str(e).splitlines()[0]
         if machine.sum(float(error is not None))[0]:  # all stop at the same step
@@ -331,7 +351,7 @@ def train(cfg: TrainConfig) -> Path | None:
         mine = batch_sequences(cfg.seed, step, share * machine.world, n_sequences)[machine.rank * share :][:share]
         return [take(tokens, mine[i : i + micro], N, device) for i in range(0, share, micro)]
 
-    stopping, upcoming = False, batch(start)
+    done, upcoming = start, batch(start)
     logged_at, logged_step = time.perf_counter(), start
     for step in range(start, cfg.steps):
         for group in optimizer.param_groups:
@@ -357,14 +377,14 @@ def train(cfg: TrainConfig) -> Path | None:
         stopping = stop > 0 or done == cfg.steps
         if done % cfg.log_every == 0 or done == start + 1 or stopping:
             now = time.perf_counter()
-            speed = (done - logged_step) * cfg.batch_tokens / (now - logged_at)
-            of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if machine.peak else None
-            timing = dict(tokens_per_s=round(speed), of_peak=of_peak) if done > start + 1 else {}  # the first step compiles
-            record(step=done, loss=loss, lr=learning_rate(step, cfg), grad_norm=norm, **timing)
-            text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {learning_rate(step, cfg):.2e}  grad norm {norm:.2f}"
-            if timing:
-                left = (cfg.steps - done) * cfg.batch_tokens / speed
-                text += f"  {speed:,.0f} tokens/s" + (f"  {of_peak:.1%} of peak" if of_peak else "") + f"  {clock(left)} left"
+            speed = (done - logged_step) * cfg.batch_tokens / (now - logged_at) if done > start + 1 else None  # 1: compiling
+            share_of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if speed and machine.peak else None
+            rate = learning_rate(step, cfg)
+            record(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed and round(speed), share_of_peak=share_of_peak)
+            text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
+            if speed:
+                text += f"  {speed:,.0f} tokens/s" + (f"  {share_of_peak:.1%} of peak" if share_of_peak else "")
+                text += f"  {clock((cfg.steps - done) * cfg.batch_tokens / speed)} left"
             machine.say(text)
             logged_at, logged_step = time.perf_counter(), done
         if done % cfg.eval_every == 0 or done == cfg.steps:
@@ -376,9 +396,11 @@ def train(cfg: TrainConfig) -> Path | None:
             save(done)
         if stopping:
             break
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stop_asked and not done == cfg.steps:
+    if done < cfg.steps:
         machine.say(f"stopped and saved at step {done}: --resume goes on")
         return None
     return out if main else None

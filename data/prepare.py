@@ -80,7 +80,7 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
     room = length - len(head) - len(info) - len(tail) - len(answer)
     if room < 0:
         raise ValueError(f"length {length} is too short for a passkey prompt: its fixed strings take {length - room} tokens")
-    filler = encode(" ".join([FILLER] * (room // len(encode(FILLER)) + 1)))
+    filler = encode(FILLER + (" " + FILLER) * (room // len(encode(" " + FILLER)) + 1))
     before = round(depth * room)
     return head + filler[:before] + info + filler[: room - before] + tail + answer, len(answer)
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--n_layer=1 --n_embd=32 --n_hidden=64 --steps=3 --batch_tokens=1024 --eval_tokens=8192 --eval_trials=2 --compile=off --device=cpu".split()
+SMALL = "--n_layer=1 --n_embd=32 --n_hidden=64 --steps=3 --batch_tokens=1024 --eval_tokens=8192 --eval_trials=2".split()
+SMALL += ["--compile=off", "--device=cpu"]
 
 
 def run(folder, script, *argv):

@@ -311,6 +311,20 @@ def test_batch_tokens_changes_nothing(half_right, data):
         assert result["perplexity"] == pytest.approx(results[0]["perplexity"], rel=1e-5)
 
 
+def test_behind_text_the_prompt_has_the_training_length(runs, data, tmp_path):
+    text = np.arange(100, 400) % 256
+    documents, answers, depths = eval_passkey.passkey_trials(BYTES, 600, 5, 0, text)
+    for document, depth in zip(documents, depths):
+        key = int(BYTES.decode(document[-5:].tolist()))
+        assert document[:300].tolist() == text.tolist()
+        assert document[300:].tolist() == prepare.passkey_document(BYTES, 300, key, depth)[0]
+    assert set(answers) == {6}
+    folder = shutil.copytree(runs / "toy-rope-s0", tmp_path / "toy-rope-s0", ignore=shutil.ignore_patterns("eval*"))
+    evaluate(folder, "--trials=1", "--lengths=256,512", "--behind_text")
+    assert sorted(path.name for path in folder.glob("eval*")) == [f"eval-behind-text.{kind}" for kind in ("json", "md", "png")]
+    assert json.loads((folder / "eval-behind-text.json").read_text())["behind_text"] is True
+
+
 def result_of(name, passkey, perplexity, trials=10, train_len=512):
     return {"name": name, "lengths": [512, 1024], "passkey": passkey, "perplexity": perplexity, "trials": trials, "train_len": train_len}
 

@@ -399,6 +399,8 @@ def train(cfg: TrainConfig) -> Path | None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if dist.is_initialized():
+        del model  # DDP holds the group: let go of first, or tearing gloo down hangs once in a while
+        dist.barrier()
         dist.destroy_process_group()
     if done < cfg.steps:
         machine.say(f"stopped and saved at step {done}: --resume goes on")

@@ -426,8 +426,12 @@ def test_ctrl_c_ends_the_evaluation_after_training(monkeypatch, data, tmp_path):
         assert False, "the evaluation goes on after Ctrl-C"
 
     monkeypatch.setattr(train.eval_passkey, "main", evaluation)
-    with pytest.raises(KeyboardInterrupt):
-        run_here(monkeypatch, flags(data, tmp_path / "out", "--steps=1", "--eval_trials=1"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_here(monkeypatch, flags(data, tmp_path / "out", "--steps=1", "--eval_trials=1"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_checkpoints_are_plain_data(stopped):

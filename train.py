@@ -229,7 +229,7 @@ def initial_weights(model: GPT, path: str) -> str:
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Linear warm-up to lr, then a cosine that reaches lr / 10 at the last step."""
+    """Linear warm-up to lr, then a cosine that would reach lr / 10 one step after the last."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     done = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
@@ -246,7 +246,8 @@ def train(cfg: TrainConfig) -> Path | None:
 
     def on_signal(number, frame):
         stop_asked.append(number)
-        signal.signal(number, handlers[number])  # the second one ends the process at once
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; a scheduler may well send SIGTERM twice
+            signal.signal(number, handlers[number])
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 

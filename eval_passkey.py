@@ -2,7 +2,8 @@
 
     python eval_passkey.py out/*/                      every run in one table and one figure
     python eval_passkey.py out/*/eval.json             the same from results already there
-    python eval_passkey.py out/60M-fope-s0 --trials=1000 --data=data/c4
+    python eval_passkey.py out/60M-fope-s0 --trials=1000
+    python eval_passkey.py out/books/ --data=data/c4   other text than it was trained on: see below
     python eval_passkey.py out/*/ --behind_text        a probe: see below
 
 Passkey: a prompt of exactly L tokens, answer included (data/prepare.py), the key's place uniform. A trial counts when
@@ -13,7 +14,9 @@ A long prompt is new in two ways: its filler is longer than any in training, and
 the first away: the prompt has the training length, and validation text stands before it up to L.
 
 Perplexity at length L: the same validation tokens at every L, cut into chunks of L. Every token counts, also the ones
-at a chunk's start that see little: a model that looks at one token alone scores the same at every L.
+at a chunk's start that see little: a model that looks at one token alone scores the same at every L. With --data (the
+paper's Figure 5: trained on books, tested on C4) it is that folder's, and its ratio to the perplexity on the data of
+training is given too (Figure 6a), where that is at hand.
 """
 
 import argparse
@@ -94,6 +97,20 @@ def perplexity(model, tokens: np.ndarray, length: int, batch_tokens: int, autoca
     return math.exp(total / len(inputs))
 
 
+def validation(data: str, checkpoint: dict, lengths: list[int], at_most: int) -> tuple[np.ndarray, dict]:
+    """The validation tokens of a folder, a multiple of every length and one more, and its meta.json."""
+    val, meta = prepare.load(data, "val")
+    if meta["tokenizer"] != checkpoint["tokenizer"]:
+        fail(f"{data} has {meta['tokenizer']} tokens, the checkpoint was trained on {checkpoint['tokenizer']} tokens: name other --data")
+    whole = math.lcm(*lengths)  # the same tokens must make whole chunks of every length
+    if min(at_most, len(val) - 1) < whole:
+        fail(f"{data}/val.bin has {len(val)} tokens, fewer than the {whole + 1} that these lengths take: name smaller --lengths")
+    val = val[: min(at_most, len(val) - 1) // whole * whole + 1]
+    if val.max() >= checkpoint["config"]["vocab_size"]:
+        fail(f"{data}/val.bin has token {val.max()}, outside the vocabulary of {checkpoint['config']['vocab_size']}")
+    return val, meta
+
+
 def evaluate(path: Path, args, lengths: list[int] | None) -> dict:
     """One checkpoint at every length (None: 1 to 16 times N). The result is also written beside it, as eval.json."""
     start = time.time()
@@ -106,20 +123,16 @@ def evaluate(path: Path, args, lengths: list[int] | None) -> dict:
     lengths = lengths or [model.cfg.train_len * m for m in (1, 2, 4, 8, 16)]
     config = checkpoint["config"]
     data = args.data or config["data"]
-    val, meta = prepare.load(data, "val")
-    if meta["tokenizer"] != checkpoint["tokenizer"]:
-        fail(f"{data} has {meta['tokenizer']} tokens, {path} was trained on {checkpoint['tokenizer']} tokens: name other --data")
-    n_tokens = min(args.eval_tokens, len(val) - 1) // max(lengths) * max(lengths)
-    if n_tokens == 0:
-        fail(f"{data}/val.bin has {len(val)} tokens, fewer than a chunk of {max(lengths)}: name smaller --lengths")
-    if val[: n_tokens + 1].max() >= model.cfg.vocab_size:
-        fail(f"{data}/val.bin has token {val[: n_tokens + 1].max()}, outside the vocabulary of {model.cfg.vocab_size}")
-    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"])
+    val, meta = validation(data, checkpoint, lengths, args.eval_tokens)
+    own = None
+    if args.data and (Path(config["data"]) / "val.bin").is_file():
+        own, _ = validation(config["data"], checkpoint, lengths, args.eval_tokens)
+    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"], data)
     result = {
         "name": path.resolve().name if path.is_dir() else path.resolve().parent.name,
         "train_len": model.cfg.train_len, "step": checkpoint["step"], "config": config,
-        "data": meta.get("source", str(data)), "behind_text": args.behind_text, "eval_tokens": n_tokens, "trials": args.trials, "seed": args.seed,
-        "dtype": dtype, "torch": torch.__version__, "lengths": lengths, "perplexity": [], "passkey": [], "by_depth": [],
+        "data": meta.get("source", str(data)), "behind_text": args.behind_text, "eval_tokens": len(val) - 1, "trials": args.trials, "seed": args.seed,
+        "dtype": dtype, "torch": torch.__version__, "lengths": lengths, "perplexity": [], "perplexity_ratio": [], "passkey": [], "by_depth": [],
     }  # fmt: skip
     for length in lengths:
         try:
@@ -127,14 +140,18 @@ def evaluate(path: Path, args, lengths: list[int] | None) -> dict:
             documents, answers, depths = passkey_trials(tokenizer, length, args.trials, args.seed, text)
         except ValueError as error:
             fail(str(error))
-        ppl = perplexity(model, val[: n_tokens + 1], length, args.batch_tokens, autocast, Progress(f"perplexity {length}"))
+        ppl = perplexity(model, val, length, args.batch_tokens, autocast, Progress(f"perplexity {length}"))
+        if own is not None:
+            own_ppl = perplexity(model, own, length, args.batch_tokens, autocast, Progress(f"perplexity {length}, own data"))
+            result["perplexity_ratio"].append(round(ppl / own_ppl, 4))
         right = passkey_right(model, documents, answers, args.batch_tokens, autocast, Progress(f"passkey {length}"))
         bins = np.minimum((depths * 10).astype(int), 9)
         result["perplexity"].append(round(ppl, 4))
         result["passkey"].append(int(right.sum()))
         result["by_depth"].append([[int(right[bins == b].sum()), int((bins == b).sum())] for b in range(10)])
         low, high = wilson(right.sum(), args.trials)
-        print(f"{result['name']}  length {length}: perplexity {ppl:.3f}, passkey {right.mean():.2f} [{low:.2f}, {high:.2f}]", flush=True)
+        ratio = f" ({ppl / own_ppl:.3f} times that on {config['data']})" if own is not None else ""
+        print(f"{result['name']}  length {length}: perplexity {ppl:.3f}{ratio}, passkey {right.mean():.2f} [{low:.2f}, {high:.2f}]", flush=True)
     result["minutes"] = round((time.time() - start) / 60, 2)
     file = (path if path.is_dir() else path.parent) / f"{args.stem}.json"
     try:
@@ -164,6 +181,10 @@ def table(results: list[dict]) -> str:
     for name, runs in group(results).items():
         cells = [cell([run["perplexity"][i] for run in runs], 2) for i in range(len(lengths))]
         rows.append(f"| {name}: perplexity | {len(runs)} | " + " | ".join(cells) + " |")
+    for name, runs in group(results).items():
+        if all(run.get("perplexity_ratio") for run in runs):
+            cells = [cell([run["perplexity_ratio"][i] for run in runs], 2) for i in range(len(lengths))]
+            rows.append(f"| {name}: ratio to perplexity on own data | {len(runs)} | " + " | ".join(cells) + " |")
     for name, runs in group(results).items():
         cells = [cell([run["passkey"][i] / run["trials"] for run in runs], 2) for i in range(len(lengths))]
         if len(runs) == 1:
@@ -226,7 +247,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     args = parser.parse_args(argv)
-    args.stem = "eval-behind-text" if args.behind_text else "eval"
+    args.stem = "eval" + (f"-on-{Path(args.data).resolve().name}" if args.data else "") + ("-behind-text" if args.behind_text else "")
     if args.trials < 1:
         fail("--trials must be at least 1")
 

@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
         model, checkpoint = load_model(args.checkpoint)
     except ValueError as error:
         prepare.fail(str(error))
-    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"])
+    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"])
     prompt = tokenizer.encode_ordinary(args.prompt)
     if not prompt:
         prepare.fail("the prompt is empty: give it at least one character")

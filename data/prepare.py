@@ -1,21 +1,41 @@
 """Text -> token files: train.bin and val.bin (uint16 tokens and nothing else, nanoGPT's layout) and meta.json.
 
-    python data/prepare.py builtin        real text that every machine has; no download
-    python data/prepare.py FILE [FILE..]  your own text files, GPT-2 tokens, <|endoftext|> after each
+    python data/prepare.py builtin                  real text that every machine has; no download
+    python data/prepare.py c4 --tokens=10e9         the paper's web text, from the Hugging Face hub
+    python data/prepare.py gutenberg --tokens=5e9   the paper's books
+    python data/prepare.py FILE [FILE..]            your own .txt, .jsonl, .parquet, and the first two as .gz
 
-The built-in corpus is the running Python's own standard library (no site-packages, no tests) in byte tokens. Half of
-its training windows are passkey documents: a model of 1 M parameters meets too little text to learn retrieval from
+The built-in corpus is the running Python's own standard library (no site-packages, no tests) in byte tokens. Three in
+four of its training windows are passkey text: a model of 1 M parameters meets too little text to learn retrieval from
 text alone, as the paper's models do. Validation is text only, whole files that training never sees.
+
+Everything else goes through one pipeline: threads download, this process unpacks and writes, worker processes parse and
+tokenize. What is written depends on the arguments alone, not on how many workers there are or how often it was stopped.
 """
 
 import argparse
+import base64
+import errno
+import gzip
 import hashlib
+import http.client
+import io
 import json
+import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import sys
 import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +55,9 @@ def fail(message: str):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
+# What GPT-2 cuts a text into before it merges bytes: contractions, words, numbers, other signs, spaces.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
 
 def byte_tokenizer() -> tiktoken.Encoding:
     """A token a byte, and one for the end of a document: 257 tokens."""
@@ -42,16 +65,45 @@ def byte_tokenizer() -> tiktoken.Encoding:
     return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
 
 
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer that meta.json names: "bytes" or "gpt2"."""
+def ranks_tokenizer(path: Path) -> tiktoken.Encoding:
+    """A tokenizer from tiktoken's file format, a line a token: its bytes in base64, its rank. Named by its hash."""
+    try:
+        content = path.read_bytes()
+        lines = [line.split() for line in content.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (OSError, ValueError) as error:
+        fail(f"{path} is no file of tokenizer ranks: {error}")
+    if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
+        fail(f"{path} is no file of tokenizer ranks: 0, 1, 2 .. once each, the 256 bytes among its tokens")
+    if len(ranks) + 1 > 65_536:
+        fail(f"{path} has {len(ranks) + 1} tokens with {END}: uint16 holds 65536")
+    name = "ranks-" + hashlib.sha256(content).hexdigest()[:16]
+    return tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+
+
+def get_tokenizer(name: str, folder: str | Path = ".") -> tiktoken.Encoding:
+    """The tokenizer that meta.json in `folder` names: "bytes", "gpt2", or "ranks-HASH", whose ranks lie beside it."""
     if name == "bytes":
         return byte_tokenizer()
+    if name.startswith("ranks-"):
+        tokenizer = ranks_tokenizer(Path(folder) / "tokenizer.tiktoken")
+        if tokenizer.name != name:
+            fail(f"{folder}/tokenizer.tiktoken is not the tokenizer {name} that this needs: name the data it was trained on")
+        return tokenizer
     try:
         return tiktoken.get_encoding(name)
     except ValueError:
-        fail(f"tokenizer {name!r} is unknown: use bytes or gpt2")
+        fail(f"tokenizer {name!r} is unknown: use bytes, gpt2 or a FILE.tiktoken")
     except OSError:
         fail(f"tiktoken could not download the {name} tokenizer: connect once, or point TIKTOKEN_CACHE_DIR at a cache")
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
+    """encode_ordinary without a Python list in between, which is a tenth of its time."""
+    try:
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold: U+FFFD, as tiktoken's own encode does
+        return encode(tokenizer, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +138,7 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Corpora
-
+# The built-in corpus
 
 def standard_library() -> tuple[str, list[tuple[str, str]]]:
     """What it is, and (name, text) of every module of the running Python's standard library, in order of name."""
@@ -101,15 +152,14 @@ def standard_library() -> tuple[str, list[tuple[str, str]]]:
     return f"standard library of {platform.python_implementation()} {platform.python_version()}", documents
 
 
-def held_out(name: str, share: float) -> bool:
-    """Whether a document is for validation: a function of its name alone."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32
+def held_out(key: bytes, share: float) -> bool:
+    """Whether a document is for validation: a function of its name or its text alone, so no text is on both sides."""
+    return int(hashlib.sha256(key).hexdigest()[:8], 16) < share * 2**32
 
 
-def join(tokenizer, texts: list[str]) -> np.ndarray:
-    end = tokenizer.encode_single_token(END)
-    batches = tokenizer.encode_ordinary_batch(texts)
-    return np.concatenate([np.array(tokens + [end], dtype=np.uint16) for tokens in batches])
+def join(tokenizer: tiktoken.Encoding, texts: list[str]) -> np.ndarray:
+    end = [tokenizer.encode_single_token(END)]
+    return np.concatenate([part for text in texts for part in (encode(tokenizer, text), end)]).astype(np.uint16)
 
 
 def drill(rng, length: int) -> np.ndarray:
@@ -130,8 +180,8 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     """Training windows of `length` byte tokens: text, and a share of passkey windows, three in four of them drills."""
     source, documents = standard_library()
     tokenizer = byte_tokenizer()
-    text = join(tokenizer, [t for name, t in documents if not held_out(name, 0.03)])
-    val = join(tokenizer, [t for name, t in documents if held_out(name, 0.03)])
+    text = join(tokenizer, [t for name, t in documents if not held_out(name.encode(), 0.03)])
+    val = join(tokenizer, [t for name, t in documents if held_out(name.encode(), 0.03)])
     text = text[: len(text) // length * length].reshape(-1, length)
     rng = np.random.default_rng(seed)
     passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
@@ -142,70 +192,437 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     facts = {"source": source, "documents": len(documents), "passkey_share": share, "window": length}
     return write(out, tokenizer, train, val, facts)
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora of any size. A shard is a file, of the hub's or your own: (name, path or address, its split or None: by document)
 
-def text_files(out: Path, paths: list[str], val_share: float = 0.01) -> dict:
-    """Each file is a document; the last val_share of all tokens is for validation."""
-    texts = []
-    for path in paths:
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"{path} is no text file that can be read: {error}")
-    tokenizer = get_tokenizer("gpt2")
-    tokens = join(tokenizer, texts)
-    split = len(tokens) - max(1, round(len(tokens) * val_share))
-    return write(out, tokenizer, tokens[:split], tokens[split:], {"source": ", ".join(paths), "documents": len(paths)})
+HUB = "https://huggingface.co"
+HUB_TOKENS = {"c4": 10e9, "gutenberg": 5e9}  # what the paper trains on
+VAL_SHARE = 0.01  # of the documents, where the source has no validation set of its own
+CHUNK = 2**20  # characters or bytes that a worker gets at once
+DOWNLOADS = 3  # shards fetched ahead, side by side
+TRIES, PAUSE, TIMEOUT = 8, 1.0, 60.0  # attempts in a row that bring nothing, seconds after the first (then doubled), seconds of silence
 
 
-def write(out: Path, tokenizer, train: np.ndarray, val: np.ndarray, facts: dict) -> dict:
-    """Make the folder, whole or not at all. Returns what meta.json holds."""
-    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **facts}
-    temporary = out.with_name(out.name + ".tmp")
+class Broken(Exception):
+    """Something outside this program is wrong. Its message is the line that says what, and what to do."""
+
+
+class Damaged(Exception):
+    """A shard cannot be read to its end."""
+
+
+def hub_shards(corpus: str, base_url: str, work: Path, stop) -> list[tuple[str, str, str | None]]:
+    """Where the paper's corpora lie on the Hugging Face hub, or a mirror of its paths."""
+    if corpus == "c4":
+        folder = f"{base_url}/datasets/allenai/c4/resolve/main/en"
+        names = [("val", f"c4-validation.{i:05d}-of-00008.json.gz") for i in range(8)]
+        names += [("train", f"c4-train.{i:05d}-of-01024.json.gz") for i in range(1024)]
+        return [(name, f"{folder}/{name}", split) for split, name in names]
+    repository = "datasets/sedthh/gutenberg_english"
+    listing = work / "listing.json"
+    download(f"{base_url}/api/{repository}/tree/main/data", listing, stop)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, tokens in (("train", train), ("val", val)):
-            tokens.tofile(temporary / f"{name}.bin")
-            meta[name] = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"{out} could not be written: {error}")
+        paths = sorted(entry["path"] for entry in json.loads(listing.read_text()) if entry["path"].endswith(".parquet"))
+    except (ValueError, TypeError, KeyError):
+        listing.unlink()
+        raise Broken(f"{base_url} did not answer with a list of the corpus's files") from None
+    return [(Path(path).name, f"{base_url}/{repository}/resolve/main/{path}", None) for path in paths]
+
+
+def download(url: str, path: Path, stop: threading.Event) -> None:
+    """Fetch url to path, whole. What is there of a cut download is kept and gone on from, now or in another run."""
+    part = path.with_name(path.name + ".part")
+    failures = 0
+    while not path.exists():
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                if answer.status == 206:
+                    total = int(answer.headers["Content-Range"].rpartition("/")[2])
+                else:  # the whole file, asked for or not
+                    have, total = 0, int(answer.headers.get("Content-Length", -1))
+                with open(part, "ab" if have else "wb") as file:
+                    while block := answer.read(CHUNK):
+                        file.write(block)
+                        have, failures = have + len(block), 0
+                        if stop.is_set():
+                            return
+            if have < total:
+                raise ConnectionError(f"the connection ended after {have} of {total} bytes")
+            if have > total >= 0:
+                part.unlink()
+                raise ConnectionError(f"{have} bytes came where {total} were announced")
+            os.replace(part, path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            code = getattr(error, "code", None)
+            if code == 416:  # nothing is behind what we have: the end, unless the file is another one by now
+                if error.headers.get("Content-Range") == f"bytes */{have}":
+                    os.replace(part, path)
+                else:
+                    part.unlink()
+                continue
+            if code and code < 500 and code not in (408, 429):
+                raise Broken(f"{url} cannot be downloaded: {error}") from None
+            failures += 1
+            if failures == TRIES:
+                raise Broken(f"{url} could not be downloaded in {TRIES} attempts ({error}): the same command goes on from here") from None
+            if stop.wait(PAUSE * 2 ** (failures - 1)):
+                return
+
+
+def pieces(file: io.TextIOBase):
+    """One long text in pieces of about CHUNK, each with whether it is the last.
+
+    Cut between a letter or digit and a space or newline: there GPT-2's pattern always ends one token and begins
+    another, so that the tokens of the pieces are the tokens of the whole.
+    """
+    rest = ""
+    while block := file.read(CHUNK):
+        rest += block
+        cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i] in " \n" and rest[i - 1].isalnum()), 0)
+        if cut:
+            yield rest[:cut], False
+            rest = rest[cut:]
+    yield rest, True
+
+
+def is_text(name: str) -> bool:
+    """Whether a file is one document, and not a list of them."""
+    return not name.removesuffix(".gz").endswith((".jsonl", ".json", ".parquet"))
+
+
+def records(name: str, raw, split: str | None):
+    """What a shard holds, one record after another: (JSON line as bytes or text, whether a document ends, its split).
+
+    A split of None is to be found from the document's text.
+    """
+    if name.endswith(".parquet"):
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise Broken(f"{name} needs pyarrow to be read: pip install pyarrow") from None
+        file = pyarrow.parquet.ParquetFile(raw)
+        column = next((c for c in file.schema_arrow.names if c.lower() == "text"), None)
+        if column is None:
+            raise Broken(f"{name} has no column named text")
+        for batch in file.iter_batches(batch_size=16, columns=[column], use_threads=False):
+            for text in batch.column(0).to_pylist():
+                yield text, True, split
+        return
+    unpacked = io.BufferedReader(gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw, CHUNK)
+    if not is_text(name):
+        for line in unpacked:
+            yield line, True, split
+        return
+    if split is None:  # one text, too long to be held: read twice
+        digest = hashlib.sha256()
+        while block := unpacked.read(CHUNK):
+            digest.update(block)
+        split = "val" if held_out(digest.digest(), VAL_SHARE) else "train"
+        unpacked.seek(0)
+    for piece, last in pieces(io.TextIOWrapper(unpacked, encoding="utf-8")):
+        yield piece, last, split
+
+
+def chunks(records):
+    """Lists of records of about CHUNK together, each with the number of its first one, from 1."""
+    chunk, size, first = [], 0, 1
+    try:
+        for number, record in enumerate(records, 1):
+            chunk.append(record)
+            size += len(record[0] or "")
+            if size >= CHUNK:
+                yield first, chunk
+                chunk, size, first = [], 0, number + 1
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # what gzip, UTF-8 and Parquet raise for a damaged file
+        raise Damaged(str(error) or type(error).__name__) from None
+    if chunk:
+        yield first, chunk
+
+
+def start_worker(tokenizer: tiktoken.Encoding) -> None:
+    """In each worker process, once."""
+    global worker_tokenizer
+    worker_tokenizer = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the workers
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it may be killed
+
+
+def tokenize(name: str, first: int, chunk: list) -> dict:
+    """In a worker: a chunk's tokens and number of documents by split, and how many documents had an empty text."""
+    end = [worker_tokenizer.encode_single_token(END)]
+    tokens, documents = {"train": [[]], "val": [[]]}, {"train": 0, "val": 0, "empty": 0}
+    for number, (text, last, split) in enumerate(chunk, first):
+        if isinstance(text, bytes):
+            try:
+                text = json.loads(text)["text"]
+            except (ValueError, TypeError, KeyError):
+                raise Broken(f'{name}, line {number}, is no JSON object with a "text"') from None
+        if not isinstance(text, str):
+            raise Broken(f"{name}, document {number}, has no text: {json.dumps(text)[:40]}")
+        if not text:
+            documents["empty"] += 1
+            continue
+        split = split or ("val" if held_out(text.encode("utf-8", "surrogatepass"), VAL_SHARE) else "train")
+        tokens[split] += [encode(worker_tokenizer, text), end] if last else [encode(worker_tokenizer, text)]
+        documents[split] += last
+    return {"documents": documents, "tokens": {k: np.concatenate(v).astype(np.uint16) for k, v in tokens.items()}}
+
+
+def in_order(pool: ProcessPoolExecutor, name: str, chunks, ahead: int):
+    """tokenize's results in the order of the chunks, of which `ahead` at most are on their way: memory stays flat."""
+    waiting: deque = deque()
+    for first, chunk in chunks:
+        waiting.append(pool.submit(tokenize, name, first, chunk))
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class Progress:
+    """Shards, tokens, tokens/s and the time left: every second on a terminal, every half minute elsewhere."""
+
+    def __init__(self, shards: int, limit: int | None):
+        self.shards, self.limit, self.shown = shards, limit, 0.0
+        self.began = None  # time, tokens and share done
+
+    def __call__(self, read: float, state: dict) -> None:
+        """`read` shards are read, the last of them in part."""
+        tokens, now = state["train"]["tokens"] + state["val"]["tokens"], time.time()
+        share = max(read / self.shards, state["train"]["tokens"] / self.limit if self.limit else 0)
+        self.began = self.began or (now, tokens, share)
+        terminal = sys.stdout.isatty()
+        if now - self.shown > (1 if terminal else 30) and now > self.began[0]:
+            elapsed, gained = now - self.began[0], share - self.began[2]
+            line = f"{read:.1f} of {'at most ' if self.limit else ''}{self.shards} shards  {tokens:,} tokens  "
+            line += f"{(tokens - self.began[1]) / elapsed:,.0f} tokens/s"
+            line += f"  {elapsed * (1 - share) / gained / 60:.1f} min left" if gained > 0 else ""
+            print(f"\r{line:<100}" if terminal else line, end="" if terminal else "\n", flush=True)
+            self.shown = now
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int | None, workers: int, stop) -> dict:
+    """Every shard's tokens, in order, into work/train.bin and work/val.bin, up to `limit` training tokens.
+
+    work/state.json counts what whole shards brought, and is replaced after each, once their tokens are on the disk.
+    Started again, this cuts the files back to it and goes on with the next shard. Returns the counts.
+    """
+    state = json.loads((work / "state.json").read_text())
+    files = {split: open(work / f"{split}.bin", "ab") for split in ("train", "val")}
+    for split, file in files.items():
+        file.truncate(2 * state[split]["tokens"])
+
+    def commit() -> None:
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        replace(work / "state.json", json.dumps(state))
+
+    def take(chunk: dict) -> None:
+        for split, tokens in chunk["tokens"].items():
+            if limit and split == "train":
+                tokens = tokens[: limit - state["train"]["tokens"]]
+            files[split].write(tokens.tobytes())
+            state[split]["tokens"] += len(tokens)
+            state[split]["documents"] += chunk["documents"][split]
+        state["empty"] += chunk["documents"]["empty"]
+
+    progress, fetched = Progress(len(shards), limit), {}
+    downloads = ThreadPoolExecutor(DOWNLOADS)
+    # Spawned, not forked: a process with threads must not be forked.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,))
+    try:
+        while not state["done"]:
+            number = len(state["shards"])
+            for i, (name, place, _) in enumerate(shards[number : number + DOWNLOADS], number):
+                if "://" in place and i not in fetched:
+                    fetched[i] = downloads.submit(download, place, work / name, stop)
+            name, place, split = shards[number]
+            if number in fetched:
+                fetched.pop(number).result()
+                place = work / name
+            try:
+                with open(place, "rb") as raw:
+                    size = max(os.fstat(raw.fileno()).st_size, 1)
+                    for chunk in in_order(pool, name, chunks(records(name, raw, split)), 3 * workers):
+                        take(chunk)
+                        progress(number + (1 if raw.closed else raw.tell() / size), state)
+                        if state["train"]["tokens"] == limit:
+                            break
+            except Damaged as error:
+                if place != work / name:
+                    raise Broken(f"{place} is damaged ({error}): mend it, or leave it out") from None
+                place.unlink()
+                raise Broken(f"{name} came damaged ({error}): the same command downloads it again") from None
+            state["shards"].append(name)
+            state["done"] = number + 1 == len(shards) or state["train"]["tokens"] == limit
+            commit()
+            if place == work / name:
+                place.unlink()
+    except BrokenProcessPool:
+        raise Broken("a worker was killed, for want of memory perhaps: the same command goes on, --workers=N takes less") from None
+    finally:
+        stop.set()
+        downloads.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    if state["train"]["tokens"] and not state["val"]["tokens"]:  # a few long documents: the end of the last is held out
+        cut = state["train"]["tokens"] - max(1, round(VAL_SHARE * state["train"]["tokens"]))
+        with open(work / "train.bin", "rb") as file:
+            file.seek(2 * cut)
+            files["val"].write(file.read())
+        state["val"]["tokens"], state["train"]["tokens"] = state["train"]["tokens"] - cut, cut
+        commit()
+        files["train"].truncate(2 * cut)
+    for file in files.values():
+        file.close()
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def finish(work: Path, out: Path, tokenizer: tiktoken.Encoding, facts: dict, counts: dict) -> dict:
+    """work has the token files: describe them, and make it `out` in one step. Returns what meta.json holds."""
+    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **facts}
+    for split in ("train", "val"):
+        meta[split] = counts[split] | {"sha256": file_hash(work / f"{split}.bin")}
+    replace(work / "meta.json", json.dumps(meta, indent=1) + "\n")
+    work.rename(out)
+    for path in out.iterdir():  # the state, shards fetched but not needed
+        if path.name not in ("train.bin", "val.bin", "meta.json", "tokenizer.tiktoken"):
+            path.unlink()
     return meta
 
 
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write(out: Path, tokenizer: tiktoken.Encoding, train: np.ndarray, val: np.ndarray, facts: dict) -> dict:
+    """Make the folder from arrays, whole or not at all; one that is there is replaced. Returns what meta.json holds."""
+    work = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        train.tofile(work / "train.bin")
+        val.tofile(work / "val.bin")
+        shutil.rmtree(out, ignore_errors=True)
+        return finish(work, out, tokenizer, facts, {"train": {"tokens": len(train)}, "val": {"tokens": len(val)}})
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        fail(f"{out} could not be written: {error}")
+
+
 def load(folder: str | Path, split: str) -> tuple[np.ndarray, dict]:
-    """The tokens of a split, mapped from the file, and meta.json's facts. nanoGPT's folders have no meta.json: GPT-2."""
+    """The tokens of a split, mapped from the file, and meta.json's facts. nanoGPT's folders have no meta.json: GPT-2.
+
+    Reads the file once, to see that it is the one that meta.json describes.
+    """
     path, meta_path = Path(folder) / f"{split}.bin", Path(folder) / "meta.json"
     if not path.is_file():
         fail(f"there is no {path}: make it with data/prepare.py, or name another folder with --data")
     meta = {"tokenizer": "gpt2", "vocab_size": 50_257}
+    if path.stat().st_size < 2:
+        fail(f"{path} is empty: run data/prepare.py again")
     if meta_path.exists():
         try:
             meta = json.loads(meta_path.read_text())
-            expected = 2 * meta[split]["tokens"]
+            expected, sha256 = 2 * meta[split]["tokens"], meta[split]["sha256"]
         except (ValueError, KeyError, TypeError):
             fail(f"{meta_path} is damaged: run data/prepare.py again")
         if path.stat().st_size != expected:
             fail(f"{path} has {path.stat().st_size} bytes, meta.json says {expected}: run data/prepare.py again")
-    if path.stat().st_size < 2:
-        fail(f"{path} is empty: run data/prepare.py again")
+        if file_hash(path) != sha256:
+            fail(f"{path} does not have the sha256 that meta.json says: run data/prepare.py again")
     return np.memmap(path, dtype=np.uint16, mode="r"), meta
+
+
+def large(out: Path, args) -> dict:
+    """The hub's corpora and files of any size, resumably. Returns what meta.json holds."""
+    corpus = args.source[0] if args.source[0] in HUB_TOKENS else None
+    limit = int(args.tokens or HUB_TOKENS.get(corpus, 0)) or None
+    tokenizer = ranks_tokenizer(Path(args.tokenizer)) if args.tokenizer.endswith(".tiktoken") else get_tokenizer(args.tokenizer)
+    arguments = {"source": corpus or [], "tokens": limit, "tokenizer": tokenizer.name}
+    if not corpus:
+        for path in map(Path, args.source):
+            if not path.is_file():
+                raise Broken(f"there is no file {path}: give builtin, c4, gutenberg or files")
+            arguments["source"].append([path.name, path.stat().st_size, path.stat().st_mtime_ns])
+
+    work, stop = out.with_name(out.name + ".partial"), threading.Event()
+    work.mkdir(parents=True, exist_ok=True)
+    state_path = work / "state.json"
+    nothing = {"tokens": 0, "documents": 0}
+    if not state_path.exists():
+        state = {"arguments": arguments, "shards": [], "done": False, "train": nothing, "val": nothing, "empty": 0}
+        replace(state_path, json.dumps(state))
+    elif json.loads(state_path.read_text())["arguments"] != arguments:
+        raise Broken(f"{work} was begun with other arguments or files: repeat those, or remove it")
+    if args.tokenizer.endswith(".tiktoken"):
+        shutil.copyfile(args.tokenizer, work / "tokenizer.tiktoken")
+    if corpus:
+        shards = hub_shards(corpus, args.base_url.rstrip("/"), work, stop)
+    else:
+        # One text alone is split by the end of it, not held out as a whole.
+        shards = [(Path(path).name, path, "train" if len(args.source) == 1 and is_text(path) else None) for path in args.source]
+    state = convert(work, shards, tokenizer, limit, args.workers, stop)
+    if not state["train"]["tokens"]:
+        raise Broken("there is no text to train on")
+    facts = {"source": corpus or "files", "shards": state["shards"], "empty_documents": state["empty"]}
+    if limit and state["train"]["tokens"] < limit:
+        print(f"all of {facts['source']} is fewer than the {limit:,} tokens asked for")
+    return finish(work, out, tokenizer, facts, state)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("source", nargs="+", help="builtin, or text files")
-    parser.add_argument("--out", type=Path, help="folder to write; data/builtin or data/mine unless told")
+    parser.add_argument("source", nargs="+", help="builtin, c4, gutenberg, or files: text, .jsonl, .parquet; .gz too")
+    parser.add_argument("--out", type=Path, help="folder to make; data/builtin, data/c4, data/gutenberg or data/mine unless told")
+    parser.add_argument("--tokens", type=float, help="training tokens, at most; 10e9 of c4, 5e9 of gutenberg, all of files unless told")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or FILE.tiktoken: ranks for GPT-2's pattern")
+    parser.add_argument("--base_url", default=HUB, help="a mirror with the hub's paths")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenize; any number writes the same bytes")
     args = parser.parse_args(argv)
-    if args.source == ["builtin"]:
-        meta = builtin(args.out or DATA / "builtin")
-    else:
-        meta = text_files(args.out or DATA / "mine", args.source)
-    print(f"{meta['source']}: {meta['train']['tokens']:,} training and {meta['val']['tokens']:,} validation tokens ({meta['tokenizer']})")
+    name = args.source[0] if args.source[0] in ("builtin", *HUB_TOKENS) else "mine"
+    out = args.out or DATA / name
+    if out.exists():
+        fail(f"{out} exists: remove it, or name another folder with --out")
+    if name != "mine" and len(args.source) > 1:
+        fail(f"{name} stands alone: prepare files in another folder")
+    if args.workers < 1 or (args.tokens is not None and not args.tokens >= 1):
+        fail("--workers and --tokens must be at least 1")
+    try:
+        meta = builtin(out) if name == "builtin" else large(out, args)
+    except Broken as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{out} could not be written ({error}): the same command goes on from here")
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here")
+        raise SystemExit(130) from None
+    print(f"\n{out}, {meta['source']}: {meta['train']['tokens']:,} training and {meta['val']['tokens']:,} validation tokens ({meta['tokenizer']})")
     print(f"sha256 of train.bin: {meta['train']['sha256']}")
 
 

@@ -325,6 +325,30 @@ def test_behind_text_the_prompt_has_the_training_length(runs, data, tmp_path):
     assert json.loads((folder / "eval-behind-text.json").read_text())["behind_text"] is True
 
 
+def test_other_data_is_measured_beside_the_checkpoints_own(half_right, tmp_path):
+    """As the paper trains on books and tests on C4: against losses of single chunks, in a file of its own."""
+    folder, model, _, _ = half_right
+    before = sorted(path.name for path in folder.iterdir())
+    other = np.frombuffer(b"Another text than that of before, over and over. " * 100, dtype=np.uint8).astype(np.uint16)
+    prepare.write(tmp_path / "other", BYTES, other[:300], other, {"source": "another"})
+    evaluate(folder, "--lengths=256,768", "--trials=2", f"--data={tmp_path / 'other'}")
+    new = [f"eval-on-other.{kind}" for kind in ("json", "md", "png")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(before + new)
+    result = json.loads((folder / "eval-on-other.json").read_text())
+
+    def by_chunk(tokens, length):
+        n = (len(tokens) - 1) // 768 * 768
+        chunks = torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in range(0, n, length)]).astype(np.int64))
+        return math.exp(np.mean([model(chunk[None, :-1], chunk[None, 1:])[1].item() for chunk in chunks]))
+
+    own = np.fromfile(Path(torch.load(folder / "ckpt.pt", weights_only=True)["config"]["data"]) / "val.bin", dtype=np.uint16)
+    expected = [by_chunk(other, length) for length in (256, 768)]
+    assert result["perplexity"] == pytest.approx(expected, rel=1e-4)
+    ratios = [ppl / by_chunk(own, length) for ppl, length in zip(expected, (256, 768))]
+    assert result["perplexity_ratio"] == pytest.approx(ratios, rel=1e-3)
+    assert row((folder / "eval-on-other.md").read_text(), "toy-fope: ratio to perplexity on own data")[2:] == [f"{r:.2f}" for r in ratios]
+
+
 def result_of(name, passkey, perplexity, trials=10, train_len=512):
     return {"name": name, "lengths": [512, 1024], "passkey": passkey, "perplexity": perplexity, "trials": trials, "train_len": train_len}
 
@@ -405,7 +429,8 @@ def bad(data, tmp_path_factory):
 
 
 BAD = {  # arguments, and what the line must contain
-    "length too short": ("{d}/run --lengths=256,200", "its fixed strings take 253 tokens"),
+    "length too short": ("{d}/run --lengths=256,128", "its fixed strings take 253 tokens"),
+    "lengths with no common chunk": ("{d}/run --lengths=256,300", "fewer than the 19201"),
     "length zero": ("{d}/run --lengths=0", "length"),
     "length no number": ("{d}/run --lengths=256,long", "long"),
     "half a checkpoint": ("{d}/cut.pt", "cut.pt is not a whole checkpoint"),
@@ -413,7 +438,7 @@ BAD = {  # arguments, and what the line must contain
     "an empty file": ("{d}/empty.pt", "empty.pt is not a whole checkpoint"),
     "no checkpoint": ("{d}/nothing", "there is no checkpoint"),
     "weights of another shape": ("{d}/misfit --lengths=256", "do not fit"),
-    "val.bin too short": ("{d}/run --lengths=256,8192", "val.bin has 5700 tokens, fewer than a chunk of 8192"),
+    "val.bin too short": ("{d}/run --lengths=256,8192", "val.bin has 5700 tokens, fewer than the 8193"),
     "other tokenizer": ("{d}/run --lengths=256 --data={d}/gpt2", "gpt2 has gpt2 tokens"),
     "token outside": ("{d}/run --lengths=256 --data={d}/large", "token 300, outside the vocabulary"),
     "no data": ("{d}/run --lengths=256 --data={d}/nothing", "val.bin"),

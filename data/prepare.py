@@ -200,7 +200,7 @@ HUB_TOKENS = {"c4": 10e9, "gutenberg": 5e9}  # what the paper trains on
 VAL_SHARE = 0.01  # of the documents, where the source has no validation set of its own
 CHUNK = 2**20  # characters or bytes that a worker gets at once
 DOWNLOADS = 3  # shards fetched ahead, side by side
-TRIES, PAUSE, TIMEOUT = 8, 1.0, 60.0  # attempts in a row that bring nothing, seconds after the first (then doubled), seconds of silence
+TRIES, PAUSE, TIMEOUT = 8, 1.0, 60.0  # attempts, seconds between the first two (then doubled), seconds of silence
 
 
 class Broken(Exception):
@@ -230,9 +230,12 @@ def hub_shards(corpus: str, base_url: str, work: Path, stop) -> list[tuple[str, 
 
 
 def download(url: str, path: Path, stop: threading.Event) -> None:
-    """Fetch url to path, whole. What is there of a cut download is kept and gone on from, now or in another run."""
+    """Fetch url to path, whole. A cut download is gone on with where it ended, now or in another run.
+
+    Raises Broken after TRIES attempts in a row that got no further, or at once for an answer like 404.
+    """
     part = path.with_name(path.name + ".part")
-    failures = 0
+    failures = furthest = 0
     while not path.exists():
         have = part.stat().st_size if part.exists() else 0
         try:
@@ -245,7 +248,9 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
                 with open(part, "ab" if have else "wb") as file:
                     while block := answer.read(CHUNK):
                         file.write(block)
-                        have, failures = have + len(block), 0
+                        have += len(block)
+                        if have > furthest:
+                            furthest, failures = have, 0
                         if stop.is_set():
                             return
             if have < total:
@@ -269,7 +274,9 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
             failures += 1
             if failures == TRIES:
                 raise Broken(f"{url} could not be downloaded in {TRIES} attempts ({error}): the same command goes on from here") from None
-            if stop.wait(PAUSE * 2 ** (failures - 1)):
+            pause = PAUSE * 2 ** (failures - 1)
+            print(f"\n{path.name}: {error}; again in {pause:.0f} s", flush=True)
+            if stop.wait(pause):
                 return
 
 

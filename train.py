@@ -272,6 +272,14 @@ def train(cfg: TrainConfig) -> Path | None:
     if remainder or not share:
         fail(f"--batch_tokens {cfg.batch_tokens} is not a multiple of {N} tokens x {machine.world} processes")
     micro = next(m for m in range(min(share, max(cfg.micro_tokens // N, 1)), 0, -1) if share % m == 0)
+    if cfg.eval_trials:  # hours later would be late to hear that the evaluation cannot work
+        skip = "--eval_trials=0 trains without the evaluation"
+        try:
+            prepare.passkey_document(prepare.get_tokenizer(meta["tokenizer"]), N, 12_345, 0.5)
+        except ValueError as error:
+            fail(f"{error}: name a longer --train_len; {skip}")
+        if len(val_tokens) <= 16 * N:
+            fail(f"{cfg.data}/val.bin has {len(val_tokens)} tokens: the evaluation takes {16 * N + 1} (16 x --train_len, plus one); {skip}")
 
     out, start = Path(cfg.out), 0
     if out.exists() and not cfg.resume:

@@ -420,16 +420,17 @@ def test_ctrl_c_from_outside(data, tmp_path):
     assert train_log(tmp_path / "out")[-1]["step"] == step
 
 
-def test_ctrl_c_ends_the_evaluation_after_training(monkeypatch, data, tmp_path):
+def test_ctrl_c_ends_the_evaluation_after_training(monkeypatch, tmp_path):
     def evaluation(argv):
         signal.raise_signal(signal.SIGINT)
         assert False, "the evaluation goes on after Ctrl-C"
 
+    folder = write_data(tmp_path / "data", val_tokens=np.full(4097, 32))
     monkeypatch.setattr(train.eval_passkey, "main", evaluation)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_here(monkeypatch, flags(data, tmp_path / "out", "--steps=1", "--eval_trials=1"))
+            run_here(monkeypatch, flags(folder, tmp_path / "out", "--steps=1", "--eval_trials=1", "--train_len=256"))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -674,6 +675,8 @@ def folders(data, stopped, tmp_path_factory):
     write_data(d / "short", text[:N])
     write_data(d / "short-val", None, text[:N])
     write_data(d / "other", text[::-1])
+    write_data(d / "words")
+    (d / "words" / "meta.json").write_text((data / "meta.json").read_text().replace('"bytes"', '"words"'))
     shutil.copytree(data, d / "damaged")
     (d / "damaged" / "meta.json").write_text((data / "meta.json").read_text()[:-20])
     shutil.copytree(data, d / "cut-data")
@@ -720,6 +723,9 @@ BAD = {  # flags, and what the line must contain
     "negative trials": ("--eval_trials=-1", "eval_trials"),
     "zero layers": ("--n_layer=0", "n_layer"),
     "batch no multiple": ("--batch_tokens=100", "batch_tokens 100 is not a multiple of 32"),
+    "evaluation without its tokenizer": ("--eval_trials=1 --data={d}/words", "tokenizer 'words' is unknown"),
+    "evaluation of a short model": ("--eval_trials=1", "253 tokens: name a longer --train_len; --eval_trials=0 trains without"),
+    "evaluation of a short text": ("--eval_trials=1 --train_len=256 --batch_tokens=256", "takes 4097 (16 x --train_len, plus one); --eval"),
     "unknown device": ("--device=abacus", "abacus"),
     "unknown dtype": ("--dtype=float16", "bfloat16"),
     "unknown compile": ("--compile=perhaps", "auto, on or off"),

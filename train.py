@@ -117,6 +117,11 @@ def parse_flags(argv: list[str]) -> TrainConfig:
 PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bf16 FLOP/s
 
 
+def one_line(error: Exception) -> str:
+    """Its name too: not every exception has a message, and some messages go on for pages."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
+
+
 class Machine:
     """The device, its arithmetic, and the other processes. Made once, in every process."""
 
@@ -134,7 +139,7 @@ class Machine:
             try:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
             except Exception as error:  # no C++ compiler, no Triton, a Python too new: each has its own exception
-                self.compile, why = False, f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+                self.compile, why = False, f"torch.compile does not work here: {one_line(error)}"
         if why and cfg.compile == "on":
             fail(why)
 
@@ -332,7 +337,7 @@ def train(cfg: TrainConfig) -> Path | None:
                 facts = {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "data": meta.get("train")}
                 save_checkpoint(out / "ckpt.pt", facts | state)
             except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-                error = str(e).splitlines()[0]
+                error = one_line(e)
         if machine.sum(float(error is not None))[0]:  # all stop at the same step
             fail(f"the checkpoint of step {step} could not be written ({error}): free the disk, then --resume")
 

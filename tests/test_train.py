@@ -784,6 +784,18 @@ def test_full_disk_keeps_the_previous_checkpoint(monkeypatch, capsys, data, tmp_
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ckpt.pt", "log.jsonl"]
 
 
+def test_an_exception_without_a_message_is_one_line_too(monkeypatch, capsys, data, tmp_path):
+    def raises(*args):
+        raise OSError
+
+    monkeypatch.setattr(torch, "compile", raises)
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", "--compile=on"))
+    assert line.endswith("torch.compile does not work here: OSError")
+    monkeypatch.setattr(torch, "save", raises)
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", "--compile=auto", "--save_every=1"))
+    assert "step 1 could not be written (OSError): " in line
+
+
 def test_non_finite_loss_stops_before_the_next_checkpoint(monkeypatch, capsys, data, tmp_path):
     real = train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda step, cfg: math.inf if step == 9 else real(step, cfg))

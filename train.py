@@ -393,7 +393,7 @@ def train(cfg: TrainConfig) -> Path | None:
             now = time.perf_counter()
             speed = (done - logged_step) * cfg.batch_tokens / (now - logged_at) if done > start + 1 else None  # 1: compiling
             share_of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if speed and machine.peak else None
-            rate = learning_rate(step, cfg)
+            rate = optimizer.param_groups[0]["lr"]
             record(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed and round(speed), share_of_peak=share_of_peak)
             text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
             if speed:

@@ -130,10 +130,9 @@ def finish(process):
 def at_step(step, action):
     """Code that runs `action` when 0-based `step` begins: `step` steps are done and logged."""
     return f"""
-real_learning_rate, called = train.learning_rate, []
+real_learning_rate = train.learning_rate
 def learning_rate(step, cfg):
-    called.append(step)
-    if called.count({step}) == 1 and step == {step}:
+    if step == {step}:
         {action}
     return real_learning_rate(step, cfg)
 train.learning_rate = learning_rate

@@ -192,12 +192,12 @@ def take(tokens: np.ndarray, sequences: np.ndarray, T: int, device) -> tuple[tor
 # Checkpoints
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Whole or not at all: written beside the old one, synced to the disk, then renamed over it."""
+def replace_file(path: Path, write) -> None:
+    """Whole or not at all: write(f) goes beside the old file, is synced to the disk, then renamed over it."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -211,7 +211,7 @@ def open_log(path: Path, step: int):
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+    replace_file(path, lambda f: f.writelines(line.encode() + b"\n" for line in kept))
     return open(path, "a")
 
 
@@ -335,7 +335,7 @@ def train(cfg: TrainConfig) -> Path | None:
             try:
                 state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict()}
                 facts = {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "data": meta.get("train")}
-                save_checkpoint(out / "ckpt.pt", facts | state)
+                replace_file(out / "ckpt.pt", lambda f: torch.save(facts | state, f))
             except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
                 error = one_line(e)
         if machine.sum(float(error is not None))[0]:  # all stop at the same step

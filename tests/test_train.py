@@ -335,14 +335,20 @@ STOPS = {  # name: what happens, the exit status, the step of the checkpoint tha
     "between checkpoints": (at_step(13, KILL), -signal.SIGKILL, 8),
     "in the middle of writing the first checkpoint": (on_call("torch.save", 1, HALF_CHECKPOINT), -signal.SIGKILL, None),
     "in the middle of writing a checkpoint": (on_call("torch.save", 2, HALF_CHECKPOINT), -signal.SIGKILL, 8),
-    "before the rename": (on_call("os.replace", 2, KILL), -signal.SIGKILL, 8),
-    "after the rename": (on_call("os.replace", 2, f"real(*args); {KILL}"), -signal.SIGKILL, 16),
+    "before the rename": (on_call("os.replace", 3, KILL), -signal.SIGKILL, 8),  # the log's, two checkpoints'
+    "after the rename": (on_call("os.replace", 3, f"real(*args); {KILL}"), -signal.SIGKILL, 16),
     "a log line past a checkpoint": (at_step(17, KILL), -signal.SIGKILL, 16),
     "in the middle of a log line": (HALF_LINE, -signal.SIGKILL, 8),
     "by SIGTERM": (at_step(5, "os.kill(os.getpid(), signal.SIGTERM)"), 0, 6),
     "by Ctrl-C": (at_step(13, "os.kill(os.getpid(), signal.SIGINT)"), 0, 14),
     "by a disk too full for a checkpoint": (at_step(10, limit_file_size(20_000)), 2, 8),
     "by a disk too full for a log line": (at_step(10, limit_file_size(1000)), 2, 8),
+}
+LOG_FIRST = "assert str(args[1]).endswith('log.jsonl')"
+AGAIN = {  # these are killed a second time: late in the continuation, and where it cuts the log before it begins
+    "between checkpoints": at_step(18, KILL),
+    "in the middle of a log line": on_call("os.replace", 1, f"{LOG_FIRST}; {KILL}"),
+    "a log line past a checkpoint": on_call("os.replace", 1, f"{LOG_FIRST}; real(*args); {KILL}"),
 }
 
 
@@ -362,10 +368,10 @@ def stopped(data, tmp_path_factory):
     assert reference.returncode == 0, reference.stderr
     left = {name: (checkpoint(out[name])["step"] if (out[name] / "ckpt.pt").exists() else None) for name in STOPS}
     files = {name: sorted(path.name for path in out[name].iterdir()) for name in STOPS}
-    # One of them is killed a second time before it may finish.
-    second = [(flags(data, out["between checkpoints"], "--resume"), at_step(18, KILL))]
-    again, *resumed = run_jobs(tmp, second + [(flags(data, out[name], "--resume"), "") for name in STOPS])
-    assert again.returncode == -signal.SIGKILL, again.stderr
+    second = [(flags(data, out[name], "--resume"), patch) for name, patch in [*AGAIN.items(), *((name, "") for name in STOPS)]]
+    resumed = run_jobs(tmp, second)
+    for again in [resumed.pop(0) for _ in AGAIN]:
+        assert again.returncode == -signal.SIGKILL, again.stderr
     runs = {name: (out[name], ends[i], left[name], files[name], resumed[i]) for i, name in enumerate(STOPS)}
     return {"reference": tmp / "reference", "seen": tmp / "seen", **runs}
 
@@ -500,11 +506,11 @@ def only_rank(rank, patch):
 
 
 SHARED_STOPS = {  # as STOPS, for two processes: rank 0 writes the checkpoints
-    "rank 0 killed before the rename": (only_rank(0, on_call("os.replace", 2, KILL)), [-signal.SIGKILL, 1], 8),
+    "rank 0 killed before the rename": (only_rank(0, on_call("os.replace", 3, KILL)), [-signal.SIGKILL, 1], 8),
     "rank 1 killed between checkpoints": (only_rank(1, at_step(18, KILL)), [1, -signal.SIGKILL], 16),
     "rank 1 asked to stop": (only_rank(1, at_step(5, "os.kill(os.getpid(), signal.SIGTERM)")), [0, 0], 6),
     "rank 1 starts late": (only_rank(1, on_call("prepare.load", 1, "import time; time.sleep(1)")), [0, 0], 20),
-    "rank 0 has a full disk": (only_rank(0, on_call("os.fsync", 2, "raise OSError(28, 'No space left')")), [2, 2], 8),
+    "rank 0 has a full disk": (only_rank(0, on_call("os.fsync", 3, "raise OSError(28, 'No space left')")), [2, 2], 8),
 }
 
 
@@ -772,7 +778,7 @@ def test_full_disk_keeps_the_previous_checkpoint(monkeypatch, capsys, data, tmp_
 
     def fsync(descriptor):
         calls.append(descriptor)
-        if len(calls) > 1:
+        if len(calls) > 2:  # the log's, the first checkpoint's
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 

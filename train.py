@@ -207,12 +207,12 @@ def replace_file(path: Path, write) -> None:
 
 
 def open_log(path: Path, step: int):
-    """The log without the lines past `step`, which will be written again, open for more."""
+    """The log without the lines past `step`, which will be written again, open for more, unbuffered."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     replace_file(path, lambda f: f.writelines(line.encode() + b"\n" for line in kept))
-    return open(path, "a")
+    return open(path, "ab", buffering=0)
 
 
 def initial_weights(model: GPT, path: str) -> str:
@@ -322,12 +322,16 @@ def train(cfg: TrainConfig) -> Path | None:
     if dist.is_initialized():
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+    unwritten, broken = bytearray(), []  # what the log could not take yet, and why
+
     def record(**line):
         if main:
+            unwritten.extend(json.dumps(line).encode() + b"\n")
             try:
-                print(json.dumps(line), file=log, flush=True)
+                while unwritten:  # a full disk may take half a line: the next one begins with the rest
+                    del unwritten[: log.write(unwritten)]
             except OSError as error:
-                fail(f"{out}/log.jsonl could not be written ({error}): free the disk, then --resume")
+                broken.append(f"{out}/log.jsonl could not be written ({error}): free the disk, then --resume")
 
     def save(step: int) -> None:
         error = None
@@ -380,7 +384,7 @@ def train(cfg: TrainConfig) -> Path | None:
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.clip)
         upcoming = batch(step + 1)  # while the accelerator works
-        loss, stop = machine.sum(loss.item(), float(bool(stop_asked)))
+        loss, stop = machine.sum(loss.item(), float(bool(stop_asked or broken)))
         loss, norm = loss / machine.world, norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             fail(f"loss {loss}, gradient norm {norm} at step {step + 1}: the last checkpoint is from before")
@@ -418,8 +422,9 @@ def train(cfg: TrainConfig) -> Path | None:
         dist.destroy_process_group()
     if done < cfg.steps:
         machine.say(f"stopped and saved at step {done}: --resume goes on")
-        return None
-    return out if main else None
+    if broken:
+        fail(broken[0])
+    return out if main and done == cfg.steps else None
 
 
 def main() -> None:

@@ -314,21 +314,33 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_default():
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed and stopped: the continuation must be the run that was never stopped. Checkpoints fall on steps 8, 16 and 20.
 
-HALF_CHECKPOINT = f"b = io.BytesIO(); real(args[0], b); args[1].write(b.getvalue()[:len(b.getvalue()) // 2]); args[1].flush(); {KILL}"
-HALF_LINE = f"""
-def half_line(*args, file=None, **kwargs):
-    if file is not None and '"step": 13' in args[0]:
-        file.write(args[0][:20])
-        file.flush()
-        {KILL}
-    print(*args, file=file, **kwargs)
-train.print = half_line
+
+def at_log_line(step, action):
+    """Code that runs `action` before the first write of a line of `step`; `log`, `data` are there for it."""
+    return f"""
+class Log(io.FileIO):
+    tried = False
+    def write(log, data):
+        if b'"step": {step},' in data and not log.tried:
+            log.tried = True
+            {action}
+        return super().write(data)
+real_open_log = train.open_log
+train.open_log = lambda *args: Log(real_open_log(*args).name, "ab")
 """
+
+
 def limit_file_size(size):
-    """Code for at_step: from now on no file grows beyond `size` bytes. What stdout gets is a file too: away with it."""
+    """Code: from now on no file grows beyond `size` bytes. What stdout gets is a file too: away with it."""
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
     return f"os.dup2(os.open(os.devnull, os.O_WRONLY), 1); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}"
 
+
+NO_LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)"
+NO_SPACE = "raise OSError(28, 'No space left')"
+HALF_CHECKPOINT = f"b = io.BytesIO(); real(args[0], b); args[1].write(b.getvalue()[:len(b.getvalue()) // 2]); args[1].flush(); {KILL}"
+HALF_LINE = f"super().write(data[:20]); {KILL}"
+ROOM_FOR_HALF = limit_file_size("os.fstat(log.fileno()).st_size + 20")
 
 STOPS = {  # name: what happens, the exit status, the step of the checkpoint that it leaves
     "before the first checkpoint": (at_step(5, KILL), -signal.SIGKILL, None),
@@ -338,11 +350,13 @@ STOPS = {  # name: what happens, the exit status, the step of the checkpoint tha
     "before the rename": (on_call("os.replace", 3, KILL), -signal.SIGKILL, 8),  # the log's, two checkpoints'
     "after the rename": (on_call("os.replace", 3, f"real(*args); {KILL}"), -signal.SIGKILL, 16),
     "a log line past a checkpoint": (at_step(17, KILL), -signal.SIGKILL, 16),
-    "in the middle of a log line": (HALF_LINE, -signal.SIGKILL, 8),
+    "in the middle of a log line": (at_log_line(13, HALF_LINE), -signal.SIGKILL, 8),
     "by SIGTERM": (at_step(5, "os.kill(os.getpid(), signal.SIGTERM)"), 0, 6),
     "by Ctrl-C": (at_step(13, "os.kill(os.getpid(), signal.SIGINT)"), 0, 14),
     "by a disk too full for a checkpoint": (at_step(10, limit_file_size(20_000)), 2, 8),
-    "by a disk too full for a log line": (at_step(10, limit_file_size(1000)), 2, 8),
+    "by a disk too full for a log line": (at_log_line(11, ROOM_FOR_HALF), 2, 8),
+    "by a disk too full for a moment": (at_log_line(11, ROOM_FOR_HALF) + at_step(11, NO_LIMIT), 2, 12),
+    "by a disk too full for the last step": (at_log_line(20, NO_SPACE), 2, 20),
 }
 LOG_FIRST = "assert str(args[1]).endswith('log.jsonl')"
 AGAIN = {  # these are killed a second time: late in the continuation, and where it cuts the log before it begins
@@ -404,9 +418,12 @@ def test_polite_stop_says_at_which_step(stopped, name):
     assert files == ["ckpt.pt", "log.jsonl"]
 
 
-@pytest.mark.parametrize("name, expected", [("checkpoint", "step 16"), ("log line", "log.jsonl")])
+@pytest.mark.parametrize(
+    "name, expected",
+    [("a checkpoint", "step 16"), ("a log line", "step 12"), ("a moment", "log.jsonl"), ("the last step", "log.jsonl")],
+)
 def test_full_disk_is_one_line(stopped, name, expected):
-    _, end, _, files, _ = stopped[f"by a disk too full for a {name}"]
+    _, end, _, files, _ = stopped[f"by a disk too full for {name}"]
     assert len(end.stderr.splitlines()) == 1 and expected in end.stderr
     assert files == ["ckpt.pt", "log.jsonl"]
 
@@ -510,7 +527,8 @@ SHARED_STOPS = {  # as STOPS, for two processes: rank 0 writes the checkpoints
     "rank 1 killed between checkpoints": (only_rank(1, at_step(18, KILL)), [1, -signal.SIGKILL], 16),
     "rank 1 asked to stop": (only_rank(1, at_step(5, "os.kill(os.getpid(), signal.SIGTERM)")), [0, 0], 6),
     "rank 1 starts late": (only_rank(1, on_call("prepare.load", 1, "import time; time.sleep(1)")), [0, 0], 20),
-    "rank 0 has a full disk": (only_rank(0, on_call("os.fsync", 3, "raise OSError(28, 'No space left')")), [2, 2], 8),
+    "rank 0 has a full disk": (only_rank(0, on_call("os.fsync", 3, NO_SPACE)), [2, 2], 8),
+    "rank 0 has a full disk at a log line": (only_rank(0, at_log_line(11, NO_SPACE)), [2, 0], 12),
 }
 
 
@@ -548,11 +566,12 @@ def test_a_signal_to_any_process_stops_all(pairs):
         ("bad share", "--batch_tokens 96", None),
         ("diverges", "step 11", 8),
         ("rank 0 has a full disk", "No space left", 8),
+        ("rank 0 has a full disk at a log line", "log.jsonl could not be written", 12),
     ],
 )
 def test_two_processes_say_once_what_is_wrong_and_end_together(pairs, name, expected, step):
     out, end = pairs[name]
-    assert end.returncode == [2, 2], end.stderr
+    assert end.returncode == ([2, 0] if step == 12 else [2, 2]), end.stderr  # the others have saved and left
     assert len(ours(end.stderr)) == 1 and expected in ours(end.stderr)[0]
     assert checkpoint(out)["step"] == step if step else not out.exists()
 

@@ -31,6 +31,7 @@ FLAGS = (
 ).split()
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
 def write_data(folder, train_tokens=None, val_tokens=None):
@@ -351,7 +352,8 @@ STOPS = {  # name: what happens, the exit status, the step of the checkpoint tha
     "after the rename": (on_call("os.replace", 3, f"real(*args); {KILL}"), -signal.SIGKILL, 16),
     "a log line past a checkpoint": (at_step(17, KILL), -signal.SIGKILL, 16),
     "in the middle of a log line": (at_log_line(13, HALF_LINE), -signal.SIGKILL, 8),
-    "by SIGTERM": (at_step(5, "os.kill(os.getpid(), signal.SIGTERM)"), 0, 6),
+    "by SIGTERM": (at_step(5, TERM), 0, 6),
+    "by SIGTERM, again while it saves": (at_step(5, TERM) + on_call("torch.save", 1, TERM), 0, 6),
     "by Ctrl-C": (at_step(13, "os.kill(os.getpid(), signal.SIGINT)"), 0, 14),
     "by a disk too full for a checkpoint": (at_step(10, limit_file_size(20_000)), 2, 8),
     "by a disk too full for a log line": (at_log_line(11, ROOM_FOR_HALF), 2, 8),
@@ -409,7 +411,7 @@ def test_stopped_run_goes_on_bit_for_bit(stopped, name):
     assert_same_run(out, stopped["reference"])
 
 
-@pytest.mark.parametrize("name", ["by SIGTERM", "by Ctrl-C"])
+@pytest.mark.parametrize("name", ["by SIGTERM", "by SIGTERM, again while it saves", "by Ctrl-C"])
 def test_polite_stop_says_at_which_step(stopped, name):
     _, end, left, files, _ = stopped[name]
     assert f"step {left}:" in end.stdout.splitlines()[-1]
@@ -525,7 +527,7 @@ def only_rank(rank, patch):
 SHARED_STOPS = {  # as STOPS, for two processes: rank 0 writes the checkpoints
     "rank 0 killed before the rename": (only_rank(0, on_call("os.replace", 3, KILL)), [-signal.SIGKILL, 1], 8),
     "rank 1 killed between checkpoints": (only_rank(1, at_step(18, KILL)), [1, -signal.SIGKILL], 16),
-    "rank 1 asked to stop": (only_rank(1, at_step(5, "os.kill(os.getpid(), signal.SIGTERM)")), [0, 0], 6),
+    "rank 1 asked to stop": (only_rank(1, at_step(5, TERM)), [0, 0], 6),
     "rank 1 starts late": (only_rank(1, on_call("prepare.load", 1, "import time; time.sleep(1)")), [0, 0], 20),
     "rank 0 has a full disk": (only_rank(0, on_call("os.fsync", 3, NO_SPACE)), [2, 2], 8),
     "rank 0 has a full disk at a log line": (only_rank(0, at_log_line(11, NO_SPACE)), [2, 0], 12),

@@ -320,7 +320,8 @@ def train(cfg: TrainConfig) -> Path | None:
 
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they never change; the argument of this name is deprecated since torch 2.13
 
     unwritten, broken = bytearray(), []  # what the log could not take yet, and why
 

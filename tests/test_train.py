@@ -540,6 +540,8 @@ def pairs(data, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("pairs")
     diverges = at_step(9, "return float('inf')")
     jobs = {name: (data, [], patch) for name, (patch, _, _) in SHARED_STOPS.items()}
+    looks = on_call("train.DistributedDataParallel.forward", 1, "assert not args[0].will_sync_module_buffers()")
+    jobs |= {"keeps its buffers": (data, ["--steps=1"], looks)}
     jobs |= {"no data": (tmp / "nothing", [], ""), "bad share": (data, ["--batch_tokens=96"], ""), "diverges": (data, [], diverges)}
     ends = run_jobs(tmp, [(flags(folder, tmp / name, *more), patch) for name, (folder, more, patch) in jobs.items()], world=2)
     return {name: (tmp / name, end) for name, end in zip(jobs, ends)}
@@ -554,6 +556,12 @@ def test_two_processes_stopped_go_on_bit_for_bit(data, shared, pairs, tmp_path):
         assert end.returncode == [0, 0], end.stderr
     for name in SHARED_STOPS:
         assert_same_run(tmp_path / name, shared[2][0])
+
+
+def test_buffers_are_not_broadcast_each_step(pairs):
+    _, end = pairs["keeps its buffers"]
+    assert end.returncode == [0, 0], end.stderr
+    assert "broadcast_buffers" not in end.stderr  # a warning of torch 2.13
 
 
 def test_a_signal_to_any_process_stops_all(pairs):

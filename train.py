@@ -117,6 +117,11 @@ def parse_flags(argv: list[str]) -> TrainConfig:
 PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bf16 FLOP/s
 
 
+def one_line(error: Exception) -> str:
+    """Its name too: not every exception has a message, and some messages go on for pages."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
+
+
 class Machine:
     """The device, its arithmetic, and the other processes. Made once, in every process."""
 
@@ -134,7 +139,7 @@ class Machine:
             try:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
             except Exception as error:  # no C++ compiler, no Triton, a Python too new: each has its own exception
-                self.compile, why = False, f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
+                self.compile, why = False, f"torch.compile does not work here: {one_line(error)}"
         if why and cfg.compile == "on":
             fail(why)
 
@@ -187,12 +192,12 @@ def take(tokens: np.ndarray, sequences: np.ndarray, T: int, device) -> tuple[tor
 # Checkpoints
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Whole or not at all: written beside the old one, synced to the disk, then renamed over it."""
+def replace_file(path: Path, write) -> None:
+    """Whole or not at all: write(f) goes beside the old file, is synced to the disk, then renamed over it."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -202,12 +207,12 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def open_log(path: Path, step: int):
-    """The log without the lines past `step`, which will be written again, open for more."""
+    """The log without the lines past `step`, which will be written again, open for more, unbuffered."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return open(path, "a")
+    replace_file(path, lambda f: f.writelines(line.encode() + b"\n" for line in kept))
+    return open(path, "ab", buffering=0)
 
 
 def initial_weights(model: GPT, path: str) -> str:
@@ -272,6 +277,14 @@ def train(cfg: TrainConfig) -> Path | None:
     if remainder or not share:
         fail(f"--batch_tokens {cfg.batch_tokens} is not a multiple of {N} tokens x {machine.world} processes")
     micro = next(m for m in range(min(share, max(cfg.micro_tokens // N, 1)), 0, -1) if share % m == 0)
+    if cfg.eval_trials:  # hours later would be late to hear that the evaluation cannot work
+        skip = "--eval_trials=0 trains without the evaluation"
+        try:
+            prepare.passkey_document(prepare.get_tokenizer(meta["tokenizer"]), N, 12_345, 0.5)
+        except ValueError as error:
+            fail(f"{error}: name a longer --train_len; {skip}")
+        if len(val_tokens) <= 16 * N:
+            fail(f"{cfg.data}/val.bin has {len(val_tokens)} tokens: the evaluation takes {16 * N + 1} (16 x --train_len, plus one); {skip}")
 
     out, start = Path(cfg.out), 0
     if out.exists() and not cfg.resume:
@@ -307,14 +320,19 @@ def train(cfg: TrainConfig) -> Path | None:
 
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they never change; the argument of this name is deprecated since torch 2.13
+
+    unwritten, broken = bytearray(), []  # what the log could not take yet, and why
 
     def record(**line):
         if main:
+            unwritten.extend(json.dumps(line).encode() + b"\n")
             try:
-                print(json.dumps(line), file=log, flush=True)
+                while unwritten:  # a full disk may take half a line: the next one begins with the rest
+                    del unwritten[: log.write(unwritten)]
             except OSError as error:
-                fail(f"{out}/log.jsonl could not be written ({error}): free the disk, then --resume")
+                broken.append(f"{out}/log.jsonl could not be written ({error}): free the disk, then --resume")
 
     def save(step: int) -> None:
         error = None
@@ -322,9 +340,9 @@ def train(cfg: TrainConfig) -> Path | None:
             try:
                 state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict()}
                 facts = {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "data": meta.get("train")}
-                save_checkpoint(out / "ckpt.pt", facts | state)
+                replace_file(out / "ckpt.pt", lambda f: torch.save(facts | state, f))
             except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-                error = str(e).splitlines()[0]
+                error = one_line(e)
         if machine.sum(float(error is not None))[0]:  # all stop at the same step
             fail(f"the checkpoint of step {step} could not be written ({error}): free the disk, then --resume")
 
@@ -367,7 +385,7 @@ def train(cfg: TrainConfig) -> Path | None:
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.clip)
         upcoming = batch(step + 1)  # while the accelerator works
-        loss, stop = machine.sum(loss.item(), float(bool(stop_asked)))
+        loss, stop = machine.sum(loss.item(), float(bool(stop_asked or broken)))
         loss, norm = loss / machine.world, norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             fail(f"loss {loss}, gradient norm {norm} at step {step + 1}: the last checkpoint is from before")
@@ -380,7 +398,7 @@ def train(cfg: TrainConfig) -> Path | None:
             now = time.perf_counter()
             speed = (done - logged_step) * cfg.batch_tokens / (now - logged_at) if done > start + 1 else None  # 1: compiling
             share_of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if speed and machine.peak else None
-            rate = learning_rate(step, cfg)
+            rate = optimizer.param_groups[0]["lr"]
             record(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed and round(speed), share_of_peak=share_of_peak)
             text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
             if speed:
@@ -405,8 +423,9 @@ def train(cfg: TrainConfig) -> Path | None:
         dist.destroy_process_group()
     if done < cfg.steps:
         machine.say(f"stopped and saved at step {done}: --resume goes on")
-        return None
-    return out if main else None
+    if broken:
+        fail(broken[0])
+    return out if main and done == cfg.steps else None
 
 
 def main() -> None:

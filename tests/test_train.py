@@ -31,6 +31,7 @@ FLAGS = (
 ).split()
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
 def write_data(folder, train_tokens=None, val_tokens=None):
@@ -130,10 +131,9 @@ def finish(process):
 def at_step(step, action):
     """Code that runs `action` when 0-based `step` begins: `step` steps are done and logged."""
     return f"""
-real_learning_rate, called = train.learning_rate, []
+real_learning_rate = train.learning_rate
 def learning_rate(step, cfg):
-    called.append(step)
-    if called.count({step}) == 1 and step == {step}:
+    if step == {step}:
         {action}
     return real_learning_rate(step, cfg)
 train.learning_rate = learning_rate
@@ -315,35 +315,56 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_default():
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed and stopped: the continuation must be the run that was never stopped. Checkpoints fall on steps 8, 16 and 20.
 
-HALF_CHECKPOINT = f"b = io.BytesIO(); real(args[0], b); args[1].write(b.getvalue()[:len(b.getvalue()) // 2]); args[1].flush(); {KILL}"
-HALF_LINE = f"""
-def half_line(*args, file=None, **kwargs):
-    if file is not None and '"step": 13' in args[0]:
-        file.write(args[0][:20])
-        file.flush()
-        {KILL}
-    print(*args, file=file, **kwargs)
-train.print = half_line
+
+def at_log_line(step, action):
+    """Code that runs `action` before the first write of a line of `step`; `log`, `data` are there for it."""
+    return f"""
+class Log(io.FileIO):
+    tried = False
+    def write(log, data):
+        if b'"step": {step},' in data and not log.tried:
+            log.tried = True
+            {action}
+        return super().write(data)
+real_open_log = train.open_log
+train.open_log = lambda *args: Log(real_open_log(*args).name, "ab")
 """
+
+
 def limit_file_size(size):
-    """Code for at_step: from now on no file grows beyond `size` bytes. What stdout gets is a file too: away with it."""
+    """Code: from now on no file grows beyond `size` bytes. What stdout gets is a file too: away with it."""
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
     return f"os.dup2(os.open(os.devnull, os.O_WRONLY), 1); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {limit}"
 
+
+NO_LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)"
+NO_SPACE = "raise OSError(28, 'No space left')"
+HALF_CHECKPOINT = f"b = io.BytesIO(); real(args[0], b); args[1].write(b.getvalue()[:len(b.getvalue()) // 2]); args[1].flush(); {KILL}"
+HALF_LINE = f"super().write(data[:20]); {KILL}"
+ROOM_FOR_HALF = limit_file_size("os.fstat(log.fileno()).st_size + 20")
 
 STOPS = {  # name: what happens, the exit status, the step of the checkpoint that it leaves
     "before the first checkpoint": (at_step(5, KILL), -signal.SIGKILL, None),
     "between checkpoints": (at_step(13, KILL), -signal.SIGKILL, 8),
     "in the middle of writing the first checkpoint": (on_call("torch.save", 1, HALF_CHECKPOINT), -signal.SIGKILL, None),
     "in the middle of writing a checkpoint": (on_call("torch.save", 2, HALF_CHECKPOINT), -signal.SIGKILL, 8),
-    "before the rename": (on_call("os.replace", 2, KILL), -signal.SIGKILL, 8),
-    "after the rename": (on_call("os.replace", 2, f"real(*args); {KILL}"), -signal.SIGKILL, 16),
+    "before the rename": (on_call("os.replace", 3, KILL), -signal.SIGKILL, 8),  # the log's, two checkpoints'
+    "after the rename": (on_call("os.replace", 3, f"real(*args); {KILL}"), -signal.SIGKILL, 16),
     "a log line past a checkpoint": (at_step(17, KILL), -signal.SIGKILL, 16),
-    "in the middle of a log line": (HALF_LINE, -signal.SIGKILL, 8),
-    "by SIGTERM": (at_step(5, "os.kill(os.getpid(), signal.SIGTERM)"), 0, 6),
+    "in the middle of a log line": (at_log_line(13, HALF_LINE), -signal.SIGKILL, 8),
+    "by SIGTERM": (at_step(5, TERM), 0, 6),
+    "by SIGTERM, again while it saves": (at_step(5, TERM) + on_call("torch.save", 1, TERM), 0, 6),
     "by Ctrl-C": (at_step(13, "os.kill(os.getpid(), signal.SIGINT)"), 0, 14),
     "by a disk too full for a checkpoint": (at_step(10, limit_file_size(20_000)), 2, 8),
-    "by a disk too full for a log line": (at_step(10, limit_file_size(1000)), 2, 8),
+    "by a disk too full for a log line": (at_log_line(11, ROOM_FOR_HALF), 2, 8),
+    "by a disk too full for a moment": (at_log_line(11, ROOM_FOR_HALF) + at_step(11, NO_LIMIT), 2, 12),
+    "by a disk too full for the last step": (at_log_line(20, NO_SPACE), 2, 20),
+}
+LOG_FIRST = "assert str(args[1]).endswith('log.jsonl')"
+AGAIN = {  # these are killed a second time: late in the continuation, and where it cuts the log before it begins
+    "between checkpoints": at_step(18, KILL),
+    "in the middle of a log line": on_call("os.replace", 1, f"{LOG_FIRST}; {KILL}"),
+    "a log line past a checkpoint": on_call("os.replace", 1, f"{LOG_FIRST}; real(*args); {KILL}"),
 }
 
 
@@ -363,10 +384,10 @@ def stopped(data, tmp_path_factory):
     assert reference.returncode == 0, reference.stderr
     left = {name: (checkpoint(out[name])["step"] if (out[name] / "ckpt.pt").exists() else None) for name in STOPS}
     files = {name: sorted(path.name for path in out[name].iterdir()) for name in STOPS}
-    # One of them is killed a second time before it may finish.
-    second = [(flags(data, out["between checkpoints"], "--resume"), at_step(18, KILL))]
-    again, *resumed = run_jobs(tmp, second + [(flags(data, out[name], "--resume"), "") for name in STOPS])
-    assert again.returncode == -signal.SIGKILL, again.stderr
+    second = [(flags(data, out[name], "--resume"), patch) for name, patch in [*AGAIN.items(), *((name, "") for name in STOPS)]]
+    resumed = run_jobs(tmp, second)
+    for again in [resumed.pop(0) for _ in AGAIN]:
+        assert again.returncode == -signal.SIGKILL, again.stderr
     runs = {name: (out[name], ends[i], left[name], files[name], resumed[i]) for i, name in enumerate(STOPS)}
     return {"reference": tmp / "reference", "seen": tmp / "seen", **runs}
 
@@ -390,7 +411,7 @@ def test_stopped_run_goes_on_bit_for_bit(stopped, name):
     assert_same_run(out, stopped["reference"])
 
 
-@pytest.mark.parametrize("name", ["by SIGTERM", "by Ctrl-C"])
+@pytest.mark.parametrize("name", ["by SIGTERM", "by SIGTERM, again while it saves", "by Ctrl-C"])
 def test_polite_stop_says_at_which_step(stopped, name):
     _, end, left, files, _ = stopped[name]
     assert f"step {left}:" in end.stdout.splitlines()[-1]
@@ -399,9 +420,12 @@ def test_polite_stop_says_at_which_step(stopped, name):
     assert files == ["ckpt.pt", "log.jsonl"]
 
 
-@pytest.mark.parametrize("name, expected", [("checkpoint", "step 16"), ("log line", "log.jsonl")])
+@pytest.mark.parametrize(
+    "name, expected",
+    [("a checkpoint", "step 16"), ("a log line", "step 12"), ("a moment", "log.jsonl"), ("the last step", "log.jsonl")],
+)
 def test_full_disk_is_one_line(stopped, name, expected):
-    _, end, _, files, _ = stopped[f"by a disk too full for a {name}"]
+    _, end, _, files, _ = stopped[f"by a disk too full for {name}"]
     assert len(end.stderr.splitlines()) == 1 and expected in end.stderr
     assert files == ["ckpt.pt", "log.jsonl"]
 
@@ -420,16 +444,17 @@ def test_ctrl_c_from_outside(data, tmp_path):
     assert train_log(tmp_path / "out")[-1]["step"] == step
 
 
-def test_ctrl_c_ends_the_evaluation_after_training(monkeypatch, data, tmp_path):
+def test_ctrl_c_ends_the_evaluation_after_training(monkeypatch, tmp_path):
     def evaluation(argv):
         signal.raise_signal(signal.SIGINT)
         assert False, "the evaluation goes on after Ctrl-C"
 
+    folder = write_data(tmp_path / "data", val_tokens=np.full(4097, 32))
     monkeypatch.setattr(train.eval_passkey, "main", evaluation)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_here(monkeypatch, flags(data, tmp_path / "out", "--steps=1", "--eval_trials=1"))
+            run_here(monkeypatch, flags(folder, tmp_path / "out", "--steps=1", "--eval_trials=1", "--train_len=256"))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -500,11 +525,12 @@ def only_rank(rank, patch):
 
 
 SHARED_STOPS = {  # as STOPS, for two processes: rank 0 writes the checkpoints
-    "rank 0 killed before the rename": (only_rank(0, on_call("os.replace", 2, KILL)), [-signal.SIGKILL, 1], 8),
+    "rank 0 killed before the rename": (only_rank(0, on_call("os.replace", 3, KILL)), [-signal.SIGKILL, 1], 8),
     "rank 1 killed between checkpoints": (only_rank(1, at_step(18, KILL)), [1, -signal.SIGKILL], 16),
-    "rank 1 asked to stop": (only_rank(1, at_step(5, "os.kill(os.getpid(), signal.SIGTERM)")), [0, 0], 6),
+    "rank 1 asked to stop": (only_rank(1, at_step(5, TERM)), [0, 0], 6),
     "rank 1 starts late": (only_rank(1, on_call("prepare.load", 1, "import time; time.sleep(1)")), [0, 0], 20),
-    "rank 0 has a full disk": (only_rank(0, on_call("os.fsync", 2, "raise OSError(28, 'No space left')")), [2, 2], 8),
+    "rank 0 has a full disk": (only_rank(0, on_call("os.fsync", 3, NO_SPACE)), [2, 2], 8),
+    "rank 0 has a full disk at a log line": (only_rank(0, at_log_line(11, NO_SPACE)), [2, 0], 12),
 }
 
 
@@ -514,6 +540,8 @@ def pairs(data, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("pairs")
     diverges = at_step(9, "return float('inf')")
     jobs = {name: (data, [], patch) for name, (patch, _, _) in SHARED_STOPS.items()}
+    looks = on_call("train.DistributedDataParallel.forward", 1, "assert not args[0].will_sync_module_buffers()")
+    jobs |= {"keeps its buffers": (data, ["--steps=1"], looks)}
     jobs |= {"no data": (tmp / "nothing", [], ""), "bad share": (data, ["--batch_tokens=96"], ""), "diverges": (data, [], diverges)}
     ends = run_jobs(tmp, [(flags(folder, tmp / name, *more), patch) for name, (folder, more, patch) in jobs.items()], world=2)
     return {name: (tmp / name, end) for name, end in zip(jobs, ends)}
@@ -530,6 +558,12 @@ def test_two_processes_stopped_go_on_bit_for_bit(data, shared, pairs, tmp_path):
         assert_same_run(tmp_path / name, shared[2][0])
 
 
+def test_buffers_are_not_broadcast_each_step(pairs):
+    _, end = pairs["keeps its buffers"]
+    assert end.returncode == [0, 0], end.stderr
+    assert "broadcast_buffers" not in end.stderr  # a warning of torch 2.13
+
+
 def test_a_signal_to_any_process_stops_all(pairs):
     _, end = pairs["rank 1 asked to stop"]
     assert "step 6:" in end.stdout.splitlines()[-1]
@@ -542,11 +576,12 @@ def test_a_signal_to_any_process_stops_all(pairs):
         ("bad share", "--batch_tokens 96", None),
         ("diverges", "step 11", 8),
         ("rank 0 has a full disk", "No space left", 8),
+        ("rank 0 has a full disk at a log line", "log.jsonl could not be written", 12),
     ],
 )
 def test_two_processes_say_once_what_is_wrong_and_end_together(pairs, name, expected, step):
     out, end = pairs[name]
-    assert end.returncode == [2, 2], end.stderr
+    assert end.returncode == ([2, 0] if step == 12 else [2, 2]), end.stderr  # the others have saved and left
     assert len(ours(end.stderr)) == 1 and expected in ours(end.stderr)[0]
     assert checkpoint(out)["step"] == step if step else not out.exists()
 
@@ -674,6 +709,8 @@ def folders(data, stopped, tmp_path_factory):
     write_data(d / "short", text[:N])
     write_data(d / "short-val", None, text[:N])
     write_data(d / "other", text[::-1])
+    write_data(d / "words")
+    (d / "words" / "meta.json").write_text((data / "meta.json").read_text().replace('"bytes"', '"words"'))
     shutil.copytree(data, d / "damaged")
     (d / "damaged" / "meta.json").write_text((data / "meta.json").read_text()[:-20])
     shutil.copytree(data, d / "cut-data")
@@ -720,6 +757,9 @@ BAD = {  # flags, and what the line must contain
     "negative trials": ("--eval_trials=-1", "eval_trials"),
     "zero layers": ("--n_layer=0", "n_layer"),
     "batch no multiple": ("--batch_tokens=100", "batch_tokens 100 is not a multiple of 32"),
+    "evaluation without its tokenizer": ("--eval_trials=1 --data={d}/words", "tokenizer 'words' is unknown"),
+    "evaluation of a short model": ("--eval_trials=1", "253 tokens: name a longer --train_len; --eval_trials=0 trains without"),
+    "evaluation of a short text": ("--eval_trials=1 --train_len=256 --batch_tokens=256", "takes 4097 (16 x --train_len, plus one); --eval"),
     "unknown device": ("--device=abacus", "abacus"),
     "unknown dtype": ("--dtype=float16", "bfloat16"),
     "unknown compile": ("--compile=perhaps", "auto, on or off"),
@@ -767,7 +807,7 @@ def test_full_disk_keeps_the_previous_checkpoint(monkeypatch, capsys, data, tmp_
 
     def fsync(descriptor):
         calls.append(descriptor)
-        if len(calls) > 1:
+        if len(calls) > 2:  # the log's, the first checkpoint's
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -776,6 +816,18 @@ def test_full_disk_keeps_the_previous_checkpoint(monkeypatch, capsys, data, tmp_
     assert "step 16" in line and os.strerror(errno.ENOSPC) in line
     assert checkpoint(tmp_path / "out")["step"] == 8
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ckpt.pt", "log.jsonl"]
+
+
+def test_an_exception_without_a_message_is_one_line_too(monkeypatch, capsys, data, tmp_path):
+    def raises(*args):
+        raise OSError
+
+    monkeypatch.setattr(torch, "compile", raises)
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", "--compile=on"))
+    assert line.endswith("torch.compile does not work here: OSError")
+    monkeypatch.setattr(torch, "save", raises)
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", "--compile=auto", "--save_every=1"))
+    assert "step 1 could not be written (OSError): " in line
 
 
 def test_non_finite_loss_stops_before_the_next_checkpoint(monkeypatch, capsys, data, tmp_path):

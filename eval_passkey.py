@@ -103,9 +103,9 @@ def validation(data: str, checkpoint: dict, lengths: list[int], at_most: int) ->
     if meta["tokenizer"] != checkpoint["tokenizer"]:
         fail(f"{data} has {meta['tokenizer']} tokens, the checkpoint was trained on {checkpoint['tokenizer']} tokens: name other --data")
     whole = math.lcm(*lengths)  # the same tokens must make whole chunks of every length
-    if min(at_most, len(val) - 1) < whole:
+    if len(val) <= whole:
         fail(f"{data}/val.bin has {len(val)} tokens, fewer than the {whole + 1} that these lengths take: name smaller --lengths")
-    val = val[: min(at_most, len(val) - 1) // whole * whole + 1]
+    val = val[: max(min(at_most, len(val) - 1) // whole, 1) * whole + 1]
     if val.max() >= checkpoint["config"]["vocab_size"]:
         fail(f"{data}/val.bin has token {val.max()}, outside the vocabulary of {checkpoint['config']['vocab_size']}")
     return val, meta

@@ -104,9 +104,17 @@ def parse_flags(argv: list[str]) -> TrainConfig:
     for name in ("n_layer", "n_head", "n_embd", "n_hidden", "train_len", "steps", "batch_tokens", "log_every", "eval_every", "save_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} must be at least 1")
-    for name in ("seed", "warmup", "eval_trials"):
-        if getattr(cfg, name) < 0:
+    for name in ("seed", "warmup", "eval_trials", "weight_decay"):
+        if not getattr(cfg, name) >= 0:
             fail(f"--{name} must not be negative")
+    for name in ("lr", "clip"):
+        if not getattr(cfg, name) > 0:
+            fail(f"--{name} must be above 0")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            fail(f"--{name} must be at least 0 and less than 1")
+    if cfg.eval_tokens < cfg.train_len:
+        fail(f"--eval_tokens must be at least --train_len, {cfg.train_len}")
     return cfg
 
 
@@ -263,7 +271,7 @@ def train(cfg: TrainConfig) -> Path | None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not Path(cfg.data).exists():
             machine.say("making the built-in corpus")
             prepare.builtin(Path(cfg.data))
-        machine.sum(0)  # the others of this machine wait for it
+    machine.sum(0)  # the others of this machine wait for it, and all for each other: from here on they fail alike
     tokens, meta = prepare.load(cfg.data, "train")
     val_tokens, _ = prepare.load(cfg.data, "val")
     cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
@@ -280,7 +288,7 @@ def train(cfg: TrainConfig) -> Path | None:
     if cfg.eval_trials:  # hours later would be late to hear that the evaluation cannot work
         skip = "--eval_trials=0 trains without the evaluation"
         try:
-            prepare.passkey_document(prepare.get_tokenizer(meta["tokenizer"]), N, 12_345, 0.5)
+            prepare.passkey_document(prepare.get_tokenizer(meta["tokenizer"], cfg.data), N, 12_345, 0.5)
         except ValueError as error:
             fail(f"{error}: name a longer --train_len; {skip}")
         if len(val_tokens) <= 16 * N:
@@ -291,9 +299,9 @@ def train(cfg: TrainConfig) -> Path | None:
         fail(f"{out} exists: --resume goes on with it, --out=NAME starts another")
     try:
         raw = GPT(cfg)
-        if cfg.init_from:
-            machine.say(initial_weights(raw, cfg.init_from))
         checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+        if cfg.init_from and not checkpoint:
+            machine.say(initial_weights(raw, cfg.init_from))
     except ValueError as error:
         fail(str(error))
     if checkpoint:
@@ -399,7 +407,8 @@ def train(cfg: TrainConfig) -> Path | None:
             speed = (done - logged_step) * cfg.batch_tokens / (now - logged_at) if done > start + 1 else None  # 1: compiling
             share_of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if speed and machine.peak else None
             rate = optimizer.param_groups[0]["lr"]
-            record(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed and round(speed), share_of_peak=share_of_peak)
+            if done % cfg.log_every == 0 or done in (1, cfg.steps):  # the same lines, stopped and resumed or not
+                record(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed and round(speed), share_of_peak=share_of_peak)
             text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
             if speed:
                 text += f"  {speed:,.0f} tokens/s" + (f"  {share_of_peak:.1%} of peak" if share_of_peak else "")
@@ -425,7 +434,7 @@ def train(cfg: TrainConfig) -> Path | None:
         machine.say(f"stopped and saved at step {done}: --resume goes on")
     if broken:
         fail(broken[0])
-    return out if main and done == cfg.steps else None
+    return out if main and done == cfg.steps and not stop_asked else None
 
 
 def main() -> None:

@@ -470,6 +470,39 @@ def test_a_finished_run_resumed_stays_as_it_is(monkeypatch, data, stopped, tmp_p
     assert_same_run(tmp_path / "out", stopped["reference"])
 
 
+def test_the_log_has_the_same_steps_stopped_or_not(monkeypatch, data, tmp_path):
+    """With lines at every fifth step, a stop at step 13 leaves no line of its own."""
+    argv = [*flags(data, tmp_path / "out", "--log_every=5"), "--resume"]
+    real = train.learning_rate
+
+    def stop_at_12(step, cfg):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(step, cfg)
+
+    monkeypatch.setattr(train, "learning_rate", stop_at_12)
+    run_here(monkeypatch, argv)
+    assert checkpoint(tmp_path / "out")["step"] == 13
+    monkeypatch.setattr(train, "learning_rate", real)
+    run_here(monkeypatch, argv)
+    assert [line["step"] for line in train_log(tmp_path / "out")] == [1, 5, 10, 15, 20]
+
+
+def test_a_signal_in_the_last_step_skips_the_evaluation(monkeypatch, data, tmp_path):
+    write_data(tmp_path / "long", np.arange(3000) % 250, np.arange(5000) % 250)
+    argv = flags(tmp_path / "long", tmp_path / "out", "--train_len=256", "--batch_tokens=1024", "--eval_trials=1", "--steps=2")
+    real = train.replace_file
+
+    def signal_while_it_saves(path, write):
+        if path.name == "ckpt.pt":
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(path, write)
+
+    monkeypatch.setattr(train, "replace_file", signal_while_it_saves)
+    run_here(monkeypatch, argv)
+    assert checkpoint(tmp_path / "out")["step"] == 2 and not (tmp_path / "out" / "eval.json").exists()
+
+
 def test_leftover_temporary_file_is_harmless(monkeypatch, data, stopped, tmp_path):
     run_here(monkeypatch, flags(data, tmp_path / "other"))  # in this process: what runs before must not matter either
     assert_same_run(tmp_path / "other", stopped["reference"])
@@ -756,6 +789,12 @@ BAD = {  # flags, and what the line must contain
     "negative seed": ("--seed=-1", "seed"),
     "negative trials": ("--eval_trials=-1", "eval_trials"),
     "zero layers": ("--n_layer=0", "n_layer"),
+    "learning rate zero": ("--lr=0", "lr must be above 0"),
+    "learning rate no number": ("--lr=nan", "lr must be above 0"),
+    "clip negative": ("--clip=-1", "clip"),
+    "beta of one": ("--beta2=1", "beta2"),
+    "negative decay": ("--weight_decay=-0.1", "weight_decay"),
+    "validation under a sequence": ("--eval_tokens=31", "at least --train_len, 32"),
     "batch no multiple": ("--batch_tokens=100", "batch_tokens 100 is not a multiple of 32"),
     "evaluation without its tokenizer": ("--eval_trials=1 --data={d}/words", "tokenizer 'words' is unknown"),
     "evaluation of a short model": ("--eval_trials=1", "253 tokens: name a longer --train_len; --eval_trials=0 trains without"),

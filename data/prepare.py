@@ -486,7 +486,7 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
     finally:
         stop.set()
         downloads.shutdown(wait=False, cancel_futures=True)
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
     if state["train"]["tokens"] and not state["val"]["tokens"]:  # a few long documents: the end of the last is held out
         cut = state["train"]["tokens"] - max(1, round(VAL_SHARE * state["train"]["tokens"]))

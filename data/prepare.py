@@ -482,6 +482,8 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             if place == work / name:
                 place.unlink()
     except BrokenProcessPool:
+        for worker in multiprocessing.active_children():  # the pool may wait for ever for one that it was just starting
+            worker.kill()
         raise Broken("a worker was killed, for want of memory perhaps: the same command goes on, --workers=N takes less") from None
     finally:
         stop.set()

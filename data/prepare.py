@@ -246,7 +246,7 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
                 else:  # the whole file, asked for or not
                     have, total = 0, int(answer.headers.get("Content-Length", -1))
                 with open(part, "ab" if have else "wb") as file:
-                    while block := answer.read(CHUNK):
+                    while block := answer.read1(CHUNK):  # what has come: a read() that times out loses it
                         file.write(block)
                         have += len(block)
                         if have > furthest:

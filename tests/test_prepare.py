@@ -242,6 +242,7 @@ FAULTS = {  # what the server does, the requests it gets, the pauses between the
     "nothing": ([], [(None, 200_000)], []),
     "cut": (["cut"], [CUT, REST], [1]),
     "cut again and again": (["cut"] * 3, [CUT, (REST[0], 50_000), ("bytes=150000-", 25_000), ("bytes=175000-", 25_000)], [1, 1, 1]),
+    "stall": (["stall"], [CUT, REST], [1]),
     "busy": ([503, 429, 408, 500, 502, 503, 504], [(None, 0)] * 7 + [(None, 200_000)], [1, 2, 4, 8, 16, 32, 64]),
     "busy, cut, busy": ([503, 503, "cut", 503], [(None, 0), (None, 0), CUT, (REST[0], 0), REST], [1, 2, 1, 2]),
     "ignores Range": (["cut", "ignores Range"], [CUT, (REST[0], 200_000)], [1]),

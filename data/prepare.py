@@ -242,7 +242,7 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 if answer.status == 206:
-                    total = int(answer.headers["Content-Range"].rpartition("/")[2])
+                    total = int(answer.headers.get("Content-Range", "").rpartition("/")[2])
                 else:  # the whole file, asked for or not
                     have, total = 0, int(answer.headers.get("Content-Length", -1))
                 with open(part, "ab" if have else "wb") as file:
@@ -263,7 +263,7 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             code = getattr(error, "code", None)
-            if code == 416:  # nothing is behind what we have: the end, unless the file is another one by now
+            if code == 416 and have:  # nothing is behind what we have: the end, unless the file is another one by now
                 if error.headers.get("Content-Range") == f"bytes */{have}":
                     os.replace(part, path)
                 else:

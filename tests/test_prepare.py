@@ -249,6 +249,7 @@ FAULTS = {  # what the server does, the requests it gets, the pauses between the
     "announces too much": (["too long"], [(None, 200_000), ("bytes=200000-", 0)], [1]),
     "no HTTP": (["no HTTP"], [(None, 0), (None, 200_000)], [1]),
     "moved": (["cut", 302], [CUT, (REST[0], 0), REST], [1]),
+    "206 without Content-Range": (["cut", "no Content-Range"], [CUT, REST, REST], [1, 2]),
 }
 
 
@@ -273,6 +274,7 @@ def test_download_over_a_bad_connection(monkeypatch, here, hub, tmp_path, name):
 HOPELESS = {  # what the server does without end, in how many attempts it is given up, what the line says
     "missing": (404, 1, "404"),
     "forbidden": (403, 1, "403"),
+    "416 for a whole file": (416, 1, "416"),
     "busy": (503, 8, "8 attempts .*503.*the same command goes on"),
     "no HTTP": ("no HTTP", 8, "8 attempts .*what"),
     "always cut at one place": ("cut, ignores Range", 8, "8 attempts .*100000 of 200000"),
@@ -325,7 +327,7 @@ C4_FAULTS = {
     VAL[5]: [503, "cut", "ignores Range"],
     TRAIN[0]: ["no HTTP", "stall", 302],
     TRAIN[1]: ["too long"],
-    TRAIN[2]: ["cut", 429],
+    TRAIN[2]: ["cut", 429, "no Content-Range"],
 }
 
 

@@ -48,7 +48,7 @@ END = "<|endoftext|>"  # after every document
 def fail(message: str):
     """How every command here ends on bad input: one line on stderr and exit status 2 (one process a machine speaks)."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)  # it may quote more
     raise SystemExit(2)
 
 

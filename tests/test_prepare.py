@@ -584,6 +584,7 @@ BAD_FILES = {  # a file, its content, and what the line must match
     "other.parquet": (parquet(["a"], "content"), "no column .*text"),
     "null.parquet": (parquet(["a", None]), r"document 2\b.*null"),
     "cut.parquet": (parquet(["a"])[:-10], "damaged"),
+    "metadata.parquet": (parquet(["a"]).replace(b" ", b"\xff"), "damaged"),
     "plain.parquet": (GOOD, "damaged"),
 }  # fmt: skip
 

@@ -354,7 +354,6 @@ def start_worker(tokenizer: tiktoken.Encoding) -> None:
     """In each worker process, once."""
     global worker_tokenizer
     worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the workers
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it may be killed
 
@@ -380,11 +379,20 @@ def tokenize(name: str, first: int, chunk: list) -> dict:
     return {"documents": documents, "tokens": {k: np.concatenate(v).astype(np.uint16) for k, v in tokens.items()}}
 
 
+def submit(pool: ProcessPoolExecutor, *task):
+    """pool.submit. Workers that it starts ignore Ctrl-C from birth, as this process does meanwhile: the parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.submit(*task)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def in_order(pool: ProcessPoolExecutor, name: str, chunks, ahead: int):
     """tokenize's results in the order of the chunks, of which `ahead` at most are on their way: memory stays flat."""
     waiting: deque = deque()
     for first, chunk in chunks:
-        waiting.append(pool.submit(tokenize, name, first, chunk))
+        waiting.append(submit(pool, tokenize, name, first, chunk))
         if len(waiting) == ahead:
             yield waiting.popleft().result()
     while waiting:

@@ -369,8 +369,10 @@ def patched(*args, **kwargs):
 # each chunk of tokens: a validation shard is one, a training shard several. replace writes the state, and meta.json.
 STOPS = {
     "killed during a download": (signal.SIGKILL, -9, 2),
+    "Ctrl-C while the workers start": (on_call("prepare.ProcessPoolExecutor.submit", 1, f"real(*args); time.sleep(0.1); {CTRL_C}"), 130, 2),
     "killed in the middle of a shard": (on_call("prepare.Progress.__call__", 8, KILL), -9, 8),
     "killed between the tokens and the state": (on_call("prepare.replace", 1, KILL), -9, 8),
+    "Ctrl-C in the middle of a shard": (on_call("prepare.Progress.__call__", 2, CTRL_C), 130, 8),
     "workers killed": ("prepare.CHUNK = 300" + on_call("prepare.Progress.__call__", 2, KILL_WORKERS), 2, 8),  # much is to come
     "killed after the state": (on_call("prepare.replace", 1, f"real(*args); {KILL}"), -9, 9),
     "full disk": (on_call("prepare.Progress.__call__", 1, FULL_DISK), 2, 9),

@@ -34,7 +34,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -280,6 +280,20 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
                 return
 
 
+def in_background(function, *args) -> Future:
+    """A call in a thread that the end of this process does not wait for, however long a server is silent."""
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
 def pieces(file: io.TextIOBase):
     """One long text in pieces of about CHUNK, each with whether it is the last.
 
@@ -458,7 +472,6 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
         state["empty"] += chunk["documents"]["empty"]
 
     progress, fetched = Progress(len(shards), limit), {}
-    downloads = ThreadPoolExecutor(DOWNLOADS)
     # Spawned, not forked: a process with threads must not be forked.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,))
     try:
@@ -466,7 +479,7 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             number = len(state["shards"])
             for i, (name, place, _) in enumerate(shards[number : number + DOWNLOADS], number):
                 if "://" in place and i not in fetched:
-                    fetched[i] = downloads.submit(download, place, work / name, stop)
+                    fetched[i] = in_background(download, place, work / name, stop)
             name, place, split = shards[number]
             if number in fetched:
                 fetched.pop(number).result()
@@ -495,7 +508,6 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
         raise Broken("a worker was killed, for want of memory perhaps: the same command goes on, --workers=N takes less") from None
     finally:
         stop.set()
-        downloads.shutdown(wait=False, cancel_futures=True)
         pool.shutdown(cancel_futures=True)
 
     if state["train"]["tokens"] and not state["val"]["tokens"]:  # a few long documents: the end of the last is held out

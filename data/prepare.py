@@ -15,6 +15,7 @@ tokenize. What is written depends on the arguments alone, not on how many worker
 
 import argparse
 import base64
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -506,6 +507,11 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
         for worker in multiprocessing.active_children():  # the pool may wait for ever for one that it was just starting
             worker.kill()
         raise Broken("a worker was killed, for want of memory perhaps: the same command goes on, --workers=N takes less") from None
+    except OSError:
+        for file in files.values():  # now: when Python collects them, it says once more that they do not fit
+            with contextlib.suppress(OSError):
+                file.close()
+        raise
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -168,7 +168,8 @@ def c4_command(hub, out, workers=2):
 def start(argv, patch=None):
     """data/prepare.py, or its main() patched, as the leader of a process group."""
     code = f"import multiprocessing, os, resource, signal, sys, time\nfrom data import prepare\n{patch}\nprepare.main(sys.argv[1:])"
-    command = [sys.executable, *(["-W", "ignore", "-c", code] if patch else [ROOT / "data" / "prepare.py"]), *argv]
+    # -X dev says what newer Pythons say anyway: that a file collected as garbage could not be closed.
+    command = [sys.executable, *(["-X", "dev", "-W", "ignore", "-c", code] if patch else [ROOT / "data" / "prepare.py"]), *argv]
     return subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 

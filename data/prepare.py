@@ -373,7 +373,7 @@ def start_worker(tokenizer: tiktoken.Encoding) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it may be killed
 
 
-def tokenize(name: str, first: int, chunk: list) -> dict:
+def tokenize(first: int, chunk: list) -> dict:
     """In a worker: a chunk's tokens and number of documents by split, and how many documents had an empty text."""
     end = [worker_tokenizer.encode_single_token(END)]
     tokens, documents = {"train": [[]], "val": [[]]}, {"train": 0, "val": 0, "empty": 0}
@@ -382,9 +382,9 @@ def tokenize(name: str, first: int, chunk: list) -> dict:
             try:
                 text = json.loads(text)["text"]
             except (ValueError, TypeError, KeyError):
-                raise Broken(f'{name}, line {number}, is no JSON object with a "text"') from None
+                raise Damaged(f'line {number} is no JSON object with a "text"') from None
         if not isinstance(text, str):
-            raise Broken(f"{name}, document {number}, has no text: {json.dumps(text)[:40]}")
+            raise Damaged(f"document {number} has no text: {json.dumps(text)[:40]}")
         if not text:
             documents["empty"] += 1
             continue
@@ -403,11 +403,11 @@ def submit(pool: ProcessPoolExecutor, *task):
         signal.signal(signal.SIGINT, before)
 
 
-def in_order(pool: ProcessPoolExecutor, name: str, chunks, ahead: int):
+def in_order(pool: ProcessPoolExecutor, chunks, ahead: int):
     """tokenize's results in the order of the chunks, of which `ahead` at most are on their way: memory stays flat."""
     waiting: deque = deque()
     for first, chunk in chunks:
-        waiting.append(submit(pool, tokenize, name, first, chunk))
+        waiting.append(submit(pool, tokenize, first, chunk))
         if len(waiting) == ahead:
             yield waiting.popleft().result()
     while waiting:
@@ -488,7 +488,7 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             try:
                 with open(place, "rb") as raw:
                     size = max(os.fstat(raw.fileno()).st_size, 1)
-                    for chunk in in_order(pool, name, chunks(records(name, raw, split)), 3 * workers):
+                    for chunk in in_order(pool, chunks(records(name, raw, split)), 3 * workers):
                         take(chunk)
                         progress(number + (1 if raw.closed else raw.tell() / size), state)
                         if state["train"]["tokens"] == limit:

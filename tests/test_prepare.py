@@ -434,7 +434,7 @@ def test_stopped_again_and_again_has_the_same_bytes_and_fetches_nothing_twice(st
     assert went_on >= 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "another CRC", "announced too short"])
+@pytest.mark.parametrize("damage", ["cut", "another CRC", "announced too short", "a bad line before the CRC is read"])
 def test_a_shard_that_came_damaged_is_downloaded_again(monkeypatch, here, capsys, tmp_path, damage):
     monkeypatch.setattr(prepare, "CHUNK", 1000)
     monkeypatch.setattr(prepare, "DOWNLOADS", 1)  # or the first command's threads, still in this process, meet the second's

@@ -327,9 +327,9 @@ def records(name: str, raw, split: str | None):
         except ImportError:
             raise Broken(f"{name} needs pyarrow to be read: pip install pyarrow") from None
         file = pyarrow.parquet.ParquetFile(raw)
-        column = next((c for c in file.schema_arrow.names if c.lower() == "text"), None)
+        column = next((f.name for f in file.schema_arrow if f.name.lower() == "text" and "string" in str(f.type)), None)
         if column is None:
-            raise Broken(f"{name} has no column named text")
+            raise Broken(f"{name} has no column of strings named text")
         for batch in file.iter_batches(batch_size=16, columns=[column], use_threads=False):
             for text in batch.column(0).to_pylist():
                 yield text, True, split

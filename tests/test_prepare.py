@@ -586,6 +586,7 @@ BAD_FILES = {  # a file, its content, and what the line must match
     "deflate.txt.gz": (flipped(gzip.compress(GOOD), 99), "damaged"),
     "plain.txt.gz": (GOOD, "damaged .*[Gg]zip"),
     "other.parquet": (parquet(["a"], "content"), "no column .*text"),
+    "numbers.parquet": (parquet([1, 2]), "no column of strings .*text"),
     "null.parquet": (parquet(["a", None]), r"document 2\b.*null"),
     "cut.parquet": (parquet(["a"])[:-10], "damaged"),
     "metadata.parquet": (parquet(["a"]).replace(b" ", b"\xff"), "damaged"),

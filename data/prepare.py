@@ -224,7 +224,9 @@ def hub_shards(corpus: str, base_url: str, work: Path, stop) -> list[tuple[str, 
     download(f"{base_url}/api/{repository}/tree/main/data", listing, stop)
     try:
         paths = sorted(entry["path"] for entry in json.loads(listing.read_text()) if entry["path"].endswith(".parquet"))
-    except (ValueError, TypeError, KeyError):
+        if not paths:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
         listing.unlink()
         raise Broken(f"{base_url} did not answer with a list of the corpus's files") from None
     return [(Path(path).name, f"{base_url}/{repository}/resolve/main/{path}", None) for path in paths]

@@ -629,7 +629,7 @@ def test_bad_ranks(capsys, tmp_path, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.tiktoken", "good.jsonl"]
 
 
-LISTINGS = {"object": b'{"error": "gone"}', "html": b"<html>", "words": b'["a", "b"]', "number": b"7"}
+LISTINGS = {"empty": b"[]", "object": b'{"error": "gone"}', "html": b"<html>", "words": b'["a", "b"]', "number": b"7", "paths": b'[{"path": 7}]'}
 BAD = {  # arguments, and what the line must match
     "no file": ("{d}/good.jsonl {d}/nothing.txt", r"no file .*/nothing\.txt"),
     "a folder": ("{d}/there", r"no file .*/there"),

@@ -91,11 +91,11 @@ def get_tokenizer(name: str, folder: str | Path = ".") -> tiktoken.Encoding:
         if tokenizer.name != name:
             fail(f"{folder}/tokenizer.tiktoken is not the tokenizer {name} that this needs: name the data it was trained on")
         return tokenizer
+    if name != "gpt2":  # tiktoken's later ones do not fit into uint16
+        fail(f"tokenizer {name!r} is unknown: use bytes, gpt2 or a FILE.tiktoken")
     try:
         return tiktoken.get_encoding(name)
-    except ValueError:
-        fail(f"tokenizer {name!r} is unknown: use bytes, gpt2 or a FILE.tiktoken")
-    except OSError:
+    except (OSError, ValueError):  # no network; another file than GPT-2's came
         fail(f"tiktoken could not download the {name} tokenizer: connect once, or point TIKTOKEN_CACHE_DIR at a cache")
 
 

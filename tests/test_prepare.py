@@ -643,6 +643,7 @@ BAD = {  # arguments, and what the line must match
     "nothing named": ("", "source"),
     "c4 and a file": ("c4 {d}/good.jsonl", "c4 stands alone"),
     "tokenizer unknown": ("{d}/good.jsonl --tokenizer=gpt3", "gpt3.*bytes, gpt2"),
+    "tokenizer beyond uint16": ("{d}/good.jsonl --tokenizer=cl100k_base", "cl100k_base.*bytes, gpt2"),
     "ranks missing": ("{d}/good.jsonl --tokenizer={d}/nothing.tiktoken", r"nothing\.tiktoken"),
     "c4 missing": ("c4 --base_url={hub}", r"c4-validation\.00000.* cannot be downloaded: .*404"),
     "books missing": ("gutenberg --base_url={hub}", r"gutenberg_english.* cannot be downloaded: .*404"),
@@ -745,7 +746,7 @@ def test_ranks_lie_beside_their_tokens(here, capsys, ranks, tmp_path):
     assert f"is not the tokenizer {tokenizer.name}" in refused(capsys, prepare.get_tokenizer, tokenizer.name, tmp_path / "out")
 
 
-@pytest.mark.parametrize("error", [requests.ConnectionError("no network")])
+@pytest.mark.parametrize("error", [requests.ConnectionError("no network"), ValueError("Hash mismatch for data downloaded")])
 def test_gpt2_without_a_network(monkeypatch, capsys, error):
     def get_encoding(name):
         raise error

@@ -153,9 +153,9 @@ def standard_library() -> tuple[str, list[tuple[str, str]]]:
     return f"standard library of {platform.python_implementation()} {platform.python_version()}", documents
 
 
-def held_out(key: bytes, share: float) -> bool:
-    """Whether a document is for validation: a function of its name or its text alone, so no text is on both sides."""
-    return int(hashlib.sha256(key).hexdigest()[:8], 16) < share * 2**32
+def held_out(sha256: bytes, share: float) -> bool:
+    """Whether a document is for validation, by the hash of its name or its text alone: no text is on both sides."""
+    return int.from_bytes(sha256[:4], "big") < share * 2**32
 
 
 def join(tokenizer: tiktoken.Encoding, texts: list[str]) -> np.ndarray:
@@ -181,8 +181,8 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     """Training windows of `length` byte tokens: text, and a share of passkey windows, three in four of them drills."""
     source, documents = standard_library()
     tokenizer = byte_tokenizer()
-    text = join(tokenizer, [t for name, t in documents if not held_out(name.encode(), 0.03)])
-    val = join(tokenizer, [t for name, t in documents if held_out(name.encode(), 0.03)])
+    text = join(tokenizer, [t for name, t in documents if not held_out(hashlib.sha256(name.encode()).digest(), 0.03)])
+    val = join(tokenizer, [t for name, t in documents if held_out(hashlib.sha256(name.encode()).digest(), 0.03)])
     text = text[: len(text) // length * length].reshape(-1, length)
     rng = np.random.default_rng(seed)
     passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
@@ -390,7 +390,8 @@ def tokenize(first: int, chunk: list) -> dict:
         if not text:
             documents["empty"] += 1
             continue
-        split = split or ("val" if held_out(text.encode("utf-8", "surrogatepass"), VAL_SHARE) else "train")
+        sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        split = split or ("val" if held_out(sha256, VAL_SHARE) else "train")
         tokens[split] += [encode(worker_tokenizer, text), end] if last else [encode(worker_tokenizer, text)]
         documents[split] += last
     return {"documents": documents, "tokens": {k: np.concatenate(v).astype(np.uint16) for k, v in tokens.items()}}

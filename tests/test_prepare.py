@@ -495,7 +495,7 @@ def test_files_of_every_kind(monkeypatch, here, tmp_path):
     texts = {name: documents(200, name, 8) for name in ("a.jsonl", "b.jsonl.gz", "c.json.gz", "d.parquet")}
     texts["a.jsonl"] += [held[0], "", held[1], "half of a pair: \ud83d"]
     texts["d.parquet"] += ["", held[0], held[1]]
-    texts |= {"e.txt": ["one line"], "f.txt.gz": ["two\nlines"], "g.txt": [""]}
+    texts |= {"e.txt": [held[0]], "f.txt.gz": ["two\nlines"], "g.txt": [""]}
     for name, its in texts.items():
         content = parquet(its, "text") if "parquet" in name else its[0].encode() if "txt" in name else lines(its)
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)

@@ -504,6 +504,8 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             state["shards"].append(name)
             state["done"] = number + 1 == len(shards) or state["train"]["tokens"] == limit
             commit()
+            if state["done"] and limit and state["train"]["tokens"] < limit:
+                print(f"\nall that there is: fewer than the {limit:,} training tokens asked for")
             if place == work / name:
                 place.unlink()
     except BrokenProcessPool:
@@ -628,8 +630,6 @@ def large(out: Path, args) -> dict:
     if not state["train"]["tokens"]:
         raise Broken("there is no text to train on")
     facts = {"source": corpus or "files", "shards": state["shards"], "empty_documents": state["empty"]}
-    if limit and state["train"]["tokens"] < limit:
-        print(f"all of {facts['source']} is fewer than the {limit:,} tokens asked for")
     return finish(work, out, tokenizer, facts, state)
 
 

@@ -532,6 +532,7 @@ def test_the_end_of_a_single_text_is_held_out(monkeypatch, here, capsys, tmp_pat
     prepare.main(argv)
     cut = len(expected) - round(len(expected) / 100)
     assert_folder(tmp_path / "out", expected[:cut], expected[cut:], shards=["book.txt"])
+    assert ("fewer than" in capsys.readouterr().out) == (limit == 10**6)
 
 
 SIGNS = ["a", "b", "Z", "é", "7", "²", "Ⅷ", "日", "٣", " ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "'s", "'", "'ll", ".", "!?", "\U0001f600"]

@@ -649,8 +649,8 @@ def main(argv: list[str]) -> None:
         fail(f"{out} exists: remove it, or name another folder with --out")
     if name != "mine" and len(args.source) > 1:
         fail(f"{name} stands alone: prepare files in another folder")
-    if args.workers < 1 or (args.tokens is not None and not args.tokens >= 1):
-        fail("--workers and --tokens must be at least 1")
+    if args.workers < 1 or (args.tokens is not None and not 1 <= args.tokens < float("inf")):
+        fail("--workers and --tokens must be numbers of at least 1")
     try:
         meta = builtin(out) if name == "builtin" else large(out, args)
     except Broken as error:

@@ -638,6 +638,7 @@ BAD = {  # arguments, and what the line must match
     "folder in a file": ("{d}/good.jsonl --out={d}/good.jsonl/out", r"good\.jsonl/out"),
     "tokens 0": ("{d}/good.jsonl --tokens=0", "--tokens"),
     "tokens nan": ("{d}/good.jsonl --tokens=nan", "--tokens"),
+    "tokens without end": ("{d}/good.jsonl --tokens=inf", "--tokens"),
     "tokens no number": ("{d}/good.jsonl --tokens=many", "--tokens.*many"),
     "workers 0": ("{d}/good.jsonl --workers=0", "--workers"),
     "abbreviated flag": ("{d}/good.jsonl --token=9", "--token=9"),

@@ -651,6 +651,8 @@ def main(argv: list[str]) -> None:
         fail(f"{name} stands alone: prepare files in another folder")
     if args.workers < 1 or (args.tokens is not None and not 1 <= args.tokens < float("inf")):
         fail("--workers and --tokens must be numbers of at least 1")
+    if "://" not in args.base_url:
+        fail(f"--base_url {args.base_url} is no address: give its https:// or http:// too")
     try:
         meta = builtin(out) if name == "builtin" else large(out, args)
     except Broken as error:

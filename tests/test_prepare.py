@@ -643,6 +643,7 @@ BAD = {  # arguments, and what the line must match
     "workers 0": ("{d}/good.jsonl --workers=0", "--workers"),
     "abbreviated flag": ("{d}/good.jsonl --token=9", "--token=9"),
     "nothing named": ("", "source"),
+    "no address": ("c4 --base_url=huggingface.co", "huggingface.co.*https://"),
     "c4 and a file": ("c4 {d}/good.jsonl", "c4 stands alone"),
     "tokenizer unknown": ("{d}/good.jsonl --tokenizer=gpt3", "gpt3.*bytes, gpt2"),
     "tokenizer beyond uint16": ("{d}/good.jsonl --tokenizer=cl100k_base", "cl100k_base.*bytes, gpt2"),

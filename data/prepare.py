@@ -583,8 +583,8 @@ def load(folder: str | Path, split: str) -> tuple[np.ndarray, dict]:
     if not path.is_file():
         fail(f"there is no {path}: make it with data/prepare.py, or name another folder with --data")
     meta = {"tokenizer": "gpt2", "vocab_size": 50_257}
-    if path.stat().st_size < 2:
-        fail(f"{path} is empty: run data/prepare.py again")
+    if path.stat().st_size < 2 or path.stat().st_size % 2:
+        fail(f"{path} is empty or was cut off: run data/prepare.py again")
     if meta_path.exists():
         try:
             meta = json.loads(meta_path.read_text())

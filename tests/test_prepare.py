@@ -720,6 +720,12 @@ def test_load_refuses(capsys, loaded, name):
     assert expected in refused(capsys, prepare.load, loaded, "val")
 
 
+def test_load_refuses_half_a_token_of_nanogpts(capsys, loaded):
+    (loaded / "meta.json").unlink()
+    (loaded / "val.bin").write_bytes((loaded / "val.bin").read_bytes()[:-1])
+    assert "cut off" in refused(capsys, prepare.load, loaded, "val")
+
+
 def test_training_and_evaluation_refuse_a_changed_byte(monkeypatch, capsys, loaded):
     (loaded / "val.bin").write_bytes(flipped((loaded / "val.bin").read_bytes(), 50))
     checkpoint = {"tokenizer": "bytes", "config": {"vocab_size": 320}}

@@ -15,6 +15,7 @@ tokenize. What is written depends on the arguments alone, not on how many worker
 
 import argparse
 import base64
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -34,7 +35,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -48,7 +49,7 @@ END = "<|endoftext|>"  # after every document
 def fail(message: str):
     """How every command here ends on bad input: one line on stderr and exit status 2 (one process a machine speaks)."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)  # it may quote more
     raise SystemExit(2)
 
 
@@ -90,11 +91,11 @@ def get_tokenizer(name: str, folder: str | Path = ".") -> tiktoken.Encoding:
         if tokenizer.name != name:
             fail(f"{folder}/tokenizer.tiktoken is not the tokenizer {name} that this needs: name the data it was trained on")
         return tokenizer
+    if name != "gpt2":  # tiktoken's later ones do not fit into uint16
+        fail(f"tokenizer {name!r} is unknown: use bytes, gpt2 or a FILE.tiktoken")
     try:
         return tiktoken.get_encoding(name)
-    except ValueError:
-        fail(f"tokenizer {name!r} is unknown: use bytes, gpt2 or a FILE.tiktoken")
-    except OSError:
+    except (OSError, ValueError):  # no network; another file than GPT-2's came
         fail(f"tiktoken could not download the {name} tokenizer: connect once, or point TIKTOKEN_CACHE_DIR at a cache")
 
 
@@ -152,9 +153,9 @@ def standard_library() -> tuple[str, list[tuple[str, str]]]:
     return f"standard library of {platform.python_implementation()} {platform.python_version()}", documents
 
 
-def held_out(key: bytes, share: float) -> bool:
-    """Whether a document is for validation: a function of its name or its text alone, so no text is on both sides."""
-    return int(hashlib.sha256(key).hexdigest()[:8], 16) < share * 2**32
+def held_out(sha256: bytes, share: float) -> bool:
+    """Whether a document is for validation, by the hash of its name or its text alone: no text is on both sides."""
+    return int.from_bytes(sha256[:4], "big") < share * 2**32
 
 
 def join(tokenizer: tiktoken.Encoding, texts: list[str]) -> np.ndarray:
@@ -180,8 +181,8 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     """Training windows of `length` byte tokens: text, and a share of passkey windows, three in four of them drills."""
     source, documents = standard_library()
     tokenizer = byte_tokenizer()
-    text = join(tokenizer, [t for name, t in documents if not held_out(name.encode(), 0.03)])
-    val = join(tokenizer, [t for name, t in documents if held_out(name.encode(), 0.03)])
+    text = join(tokenizer, [t for name, t in documents if not held_out(hashlib.sha256(name.encode()).digest(), 0.03)])
+    val = join(tokenizer, [t for name, t in documents if held_out(hashlib.sha256(name.encode()).digest(), 0.03)])
     text = text[: len(text) // length * length].reshape(-1, length)
     rng = np.random.default_rng(seed)
     passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
@@ -223,7 +224,9 @@ def hub_shards(corpus: str, base_url: str, work: Path, stop) -> list[tuple[str, 
     download(f"{base_url}/api/{repository}/tree/main/data", listing, stop)
     try:
         paths = sorted(entry["path"] for entry in json.loads(listing.read_text()) if entry["path"].endswith(".parquet"))
-    except (ValueError, TypeError, KeyError):
+        if not paths:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
         listing.unlink()
         raise Broken(f"{base_url} did not answer with a list of the corpus's files") from None
     return [(Path(path).name, f"{base_url}/{repository}/resolve/main/{path}", None) for path in paths]
@@ -242,11 +245,11 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 if answer.status == 206:
-                    total = int(answer.headers["Content-Range"].rpartition("/")[2])
+                    total = int(answer.headers.get("Content-Range", "").rpartition("/")[2])
                 else:  # the whole file, asked for or not
                     have, total = 0, int(answer.headers.get("Content-Length", -1))
                 with open(part, "ab" if have else "wb") as file:
-                    while block := answer.read(CHUNK):
+                    while block := answer.read1(CHUNK):  # what has come: a read() that times out loses it
                         file.write(block)
                         have += len(block)
                         if have > furthest:
@@ -263,7 +266,7 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             code = getattr(error, "code", None)
-            if code == 416:  # nothing is behind what we have: the end, unless the file is another one by now
+            if code == 416 and have:  # nothing is behind what we have: the end, unless the file is another one by now
                 if error.headers.get("Content-Range") == f"bytes */{have}":
                     os.replace(part, path)
                 else:
@@ -278,6 +281,20 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
             print(f"\n{path.name}: {error}; again in {pause:.0f} s", flush=True)
             if stop.wait(pause):
                 return
+
+
+def in_background(function, *args) -> Future:
+    """A call in a thread that the end of this process does not wait for, however long a server is silent."""
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def pieces(file: io.TextIOBase):
@@ -312,9 +329,9 @@ def records(name: str, raw, split: str | None):
         except ImportError:
             raise Broken(f"{name} needs pyarrow to be read: pip install pyarrow") from None
         file = pyarrow.parquet.ParquetFile(raw)
-        column = next((c for c in file.schema_arrow.names if c.lower() == "text"), None)
+        column = next((f.name for f in file.schema_arrow if f.name.lower() == "text" and "string" in str(f.type)), None)
         if column is None:
-            raise Broken(f"{name} has no column named text")
+            raise Broken(f"{name} has no column of strings named text")
         for batch in file.iter_batches(batch_size=16, columns=[column], use_threads=False):
             for text in batch.column(0).to_pylist():
                 yield text, True, split
@@ -354,12 +371,11 @@ def start_worker(tokenizer: tiktoken.Encoding) -> None:
     """In each worker process, once."""
     global worker_tokenizer
     worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the workers
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it may be killed
 
 
-def tokenize(name: str, first: int, chunk: list) -> dict:
+def tokenize(first: int, chunk: list) -> dict:
     """In a worker: a chunk's tokens and number of documents by split, and how many documents had an empty text."""
     end = [worker_tokenizer.encode_single_token(END)]
     tokens, documents = {"train": [[]], "val": [[]]}, {"train": 0, "val": 0, "empty": 0}
@@ -368,23 +384,33 @@ def tokenize(name: str, first: int, chunk: list) -> dict:
             try:
                 text = json.loads(text)["text"]
             except (ValueError, TypeError, KeyError):
-                raise Broken(f'{name}, line {number}, is no JSON object with a "text"') from None
+                raise Damaged(f'line {number} is no JSON object with a "text"') from None
         if not isinstance(text, str):
-            raise Broken(f"{name}, document {number}, has no text: {json.dumps(text)[:40]}")
+            raise Damaged(f"document {number} has no text: {json.dumps(text)[:40]}")
         if not text:
             documents["empty"] += 1
             continue
-        split = split or ("val" if held_out(text.encode("utf-8", "surrogatepass"), VAL_SHARE) else "train")
+        sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        split = split or ("val" if held_out(sha256, VAL_SHARE) else "train")
         tokens[split] += [encode(worker_tokenizer, text), end] if last else [encode(worker_tokenizer, text)]
         documents[split] += last
     return {"documents": documents, "tokens": {k: np.concatenate(v).astype(np.uint16) for k, v in tokens.items()}}
 
 
-def in_order(pool: ProcessPoolExecutor, name: str, chunks, ahead: int):
+def submit(pool: ProcessPoolExecutor, *task):
+    """pool.submit. Workers that it starts ignore Ctrl-C from birth, as this process does meanwhile: the parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.submit(*task)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def in_order(pool: ProcessPoolExecutor, chunks, ahead: int):
     """tokenize's results in the order of the chunks, of which `ahead` at most are on their way: memory stays flat."""
     waiting: deque = deque()
     for first, chunk in chunks:
-        waiting.append(pool.submit(tokenize, name, first, chunk))
+        waiting.append(submit(pool, tokenize, first, chunk))
         if len(waiting) == ahead:
             yield waiting.popleft().result()
     while waiting:
@@ -450,7 +476,6 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
         state["empty"] += chunk["documents"]["empty"]
 
     progress, fetched = Progress(len(shards), limit), {}
-    downloads = ThreadPoolExecutor(DOWNLOADS)
     # Spawned, not forked: a process with threads must not be forked.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,))
     try:
@@ -458,7 +483,7 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             number = len(state["shards"])
             for i, (name, place, _) in enumerate(shards[number : number + DOWNLOADS], number):
                 if "://" in place and i not in fetched:
-                    fetched[i] = downloads.submit(download, place, work / name, stop)
+                    fetched[i] = in_background(download, place, work / name, stop)
             name, place, split = shards[number]
             if number in fetched:
                 fetched.pop(number).result()
@@ -466,7 +491,7 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             try:
                 with open(place, "rb") as raw:
                     size = max(os.fstat(raw.fileno()).st_size, 1)
-                    for chunk in in_order(pool, name, chunks(records(name, raw, split)), 3 * workers):
+                    for chunk in in_order(pool, chunks(records(name, raw, split)), 3 * workers):
                         take(chunk)
                         progress(number + (1 if raw.closed else raw.tell() / size), state)
                         if state["train"]["tokens"] == limit:
@@ -479,14 +504,22 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             state["shards"].append(name)
             state["done"] = number + 1 == len(shards) or state["train"]["tokens"] == limit
             commit()
+            if state["done"] and limit and state["train"]["tokens"] < limit:
+                print(f"\nall that there is: fewer than the {limit:,} training tokens asked for")
             if place == work / name:
                 place.unlink()
     except BrokenProcessPool:
+        for worker in multiprocessing.active_children():  # the pool may wait for ever for one that it was just starting
+            worker.kill()
         raise Broken("a worker was killed, for want of memory perhaps: the same command goes on, --workers=N takes less") from None
+    except OSError:
+        for file in files.values():  # now: when Python collects them, it says once more that they do not fit
+            with contextlib.suppress(OSError):
+                file.close()
+        raise
     finally:
         stop.set()
-        downloads.shutdown(wait=False, cancel_futures=True)
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
     if state["train"]["tokens"] and not state["val"]["tokens"]:  # a few long documents: the end of the last is held out
         cut = state["train"]["tokens"] - max(1, round(VAL_SHARE * state["train"]["tokens"]))
@@ -550,8 +583,8 @@ def load(folder: str | Path, split: str) -> tuple[np.ndarray, dict]:
     if not path.is_file():
         fail(f"there is no {path}: make it with data/prepare.py, or name another folder with --data")
     meta = {"tokenizer": "gpt2", "vocab_size": 50_257}
-    if path.stat().st_size < 2:
-        fail(f"{path} is empty: run data/prepare.py again")
+    if path.stat().st_size < 2 or path.stat().st_size % 2:
+        fail(f"{path} is empty or was cut off: run data/prepare.py again")
     if meta_path.exists():
         try:
             meta = json.loads(meta_path.read_text())
@@ -597,8 +630,6 @@ def large(out: Path, args) -> dict:
     if not state["train"]["tokens"]:
         raise Broken("there is no text to train on")
     facts = {"source": corpus or "files", "shards": state["shards"], "empty_documents": state["empty"]}
-    if limit and state["train"]["tokens"] < limit:
-        print(f"all of {facts['source']} is fewer than the {limit:,} tokens asked for")
     return finish(work, out, tokenizer, facts, state)
 
 
@@ -618,8 +649,10 @@ def main(argv: list[str]) -> None:
         fail(f"{out} exists: remove it, or name another folder with --out")
     if name != "mine" and len(args.source) > 1:
         fail(f"{name} stands alone: prepare files in another folder")
-    if args.workers < 1 or (args.tokens is not None and not args.tokens >= 1):
-        fail("--workers and --tokens must be at least 1")
+    if args.workers < 1 or (args.tokens is not None and not 1 <= args.tokens < float("inf")):
+        fail("--workers and --tokens must be numbers of at least 1")
+    if "://" not in args.base_url:
+        fail(f"--base_url {args.base_url} is no address: give its https:// or http:// too")
     try:
         meta = builtin(out) if name == "builtin" else large(out, args)
     except Broken as error:

@@ -300,13 +300,13 @@ def in_background(function, *args) -> Future:
 def pieces(file: io.TextIOBase):
     """One long text in pieces of about CHUNK, each with whether it is the last.
 
-    Cut between a letter or digit and a space or newline: there GPT-2's pattern always ends one token and begins
+    Cut before a space or newline that follows no other: there GPT-2's pattern always ends one token and begins
     another, so that the tokens of the pieces are the tokens of the whole.
     """
     rest = ""
     while block := file.read(CHUNK):
         rest += block
-        cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i] in " \n" and rest[i - 1].isalnum()), 0)
+        cut = next((i for i in range(len(rest) - 1, 0, -1) if rest[i] in " \n" and not rest[i - 1].isspace()), 0)
         if cut:
             yield rest[:cut], False
             rest = rest[cut:]
@@ -347,7 +347,7 @@ def records(name: str, raw, split: str | None):
             digest.update(block)
         split = "val" if held_out(digest.digest(), VAL_SHARE) else "train"
         unpacked.seek(0)
-    for piece, last in pieces(io.TextIOWrapper(unpacked, encoding="utf-8")):
+    for piece, last in pieces(io.TextIOWrapper(unpacked, encoding="utf-8", newline="")):
         yield piece, last, split
 
 
@@ -377,8 +377,8 @@ def start_worker(tokenizer: tiktoken.Encoding) -> None:
 
 def tokenize(first: int, chunk: list) -> dict:
     """In a worker: a chunk's tokens and number of documents by split, and how many documents had an empty text."""
-    end = [worker_tokenizer.encode_single_token(END)]
-    tokens, documents = {"train": [[]], "val": [[]]}, {"train": 0, "val": 0, "empty": 0}
+    end = np.array([worker_tokenizer.encode_single_token(END)], dtype=np.uint16)
+    tokens, documents = {"train": [end[:0]], "val": [end[:0]]}, {"train": 0, "val": 0, "empty": 0}
     for number, (text, last, split) in enumerate(chunk, first):
         if isinstance(text, bytes):
             try:
@@ -544,10 +544,11 @@ def finish(work: Path, out: Path, tokenizer: tiktoken.Encoding, facts: dict, cou
     for split in ("train", "val"):
         meta[split] = counts[split] | {"sha256": file_hash(work / f"{split}.bin")}
     replace(work / "meta.json", json.dumps(meta, indent=1) + "\n")
-    work.rename(out)
-    for path in out.iterdir():  # the state, shards fetched but not needed
-        if path.name not in ("train.bin", "val.bin", "meta.json", "tokenizer.tiktoken"):
+    for path in work.iterdir():  # shards fetched but not needed
+        if path.name not in ("train.bin", "val.bin", "meta.json", "tokenizer.tiktoken", "state.json"):
             path.unlink()
+    work.rename(out)
+    (out / "state.json").unlink(missing_ok=True)
     return meta
 
 
@@ -658,7 +659,7 @@ def main(argv: list[str]) -> None:
     except Broken as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{out} could not be written ({error}): the same command goes on from here")
+        fail(f"{out} could not be made ({error}): the same command goes on from here")
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here")
         raise SystemExit(130) from None

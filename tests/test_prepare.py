@@ -524,7 +524,7 @@ def test_the_end_of_a_single_text_is_held_out(monkeypatch, here, capsys, tmp_pat
 
     monkeypatch.setattr(prepare, "CHUNK", 1000)
     (tmp_path / "book.txt").write_text(" ".join(documents(200, 0)), encoding="utf-8")
-    expected = tokens([(tmp_path / "book.txt").read_text(encoding="utf-8")])[:limit]
+    expected = tokens([(tmp_path / "book.txt").read_bytes().decode()])[:limit]
     cut = len(expected) - round(len(expected) / 100)
     argv = [str(tmp_path / "book.txt"), "--tokenizer=bytes", *([f"--tokens={limit}"] if limit else [])]
     real = prepare.replace

@@ -104,12 +104,11 @@ def parse_flags(argv: list[str]) -> TrainConfig:
     for name in ("n_layer", "n_head", "n_embd", "n_hidden", "train_len", "steps", "batch_tokens", "log_every", "eval_every", "save_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} must be at least 1")
-    for name in ("seed", "warmup", "eval_trials", "weight_decay"):
+    for name in ("seed", "warmup", "eval_trials", "weight_decay", "lr"):
         if not getattr(cfg, name) >= 0:
             fail(f"--{name} must not be negative")
-    for name in ("lr", "clip"):
-        if not getattr(cfg, name) > 0:
-            fail(f"--{name} must be above 0")
+    if not cfg.clip > 0:
+        fail("--clip must be above 0")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < 1:
             fail(f"--{name} must be at least 0 and less than 1")

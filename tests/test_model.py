@@ -279,7 +279,7 @@ def test_temperature_divides_the_logits():
 
 
 def save(path, model, **changes):
-    torch.save({"step": 7, "config": asdict(model.cfg), "model": model.state_dict(), "tokenizer": "bytes", **changes}, path)
+    torch.save({"step": 7, "config": asdict(model.cfg) | {"data": "data/builtin"}, "model": model.state_dict(), "tokenizer": "bytes", **changes}, path)
     return path
 
 

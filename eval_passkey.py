@@ -22,6 +22,7 @@ training is given too (Figure 6a), where that is at hand.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -270,8 +271,8 @@ def main(argv: list[str]) -> None:
             lengths = results[-1]["lengths"]
     if any(result["lengths"] != results[0]["lengths"] for result in results):
         fail("the results are of different lengths: evaluate them with the same --lengths")
-    first = args.checkpoints[0].resolve()
-    out = args.out or (first if first.is_dir() and len(results) == 1 else first.parent)
+    folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in args.checkpoints]
+    out = args.out or Path(os.path.commonpath(folders))
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{args.stem}.md").write_text(table(results) + "\n")

@@ -113,7 +113,7 @@ class FoPE(RoPE):
     Since q and k are both multiplied by a series, their product also holds the cross terms a_w a_w', which depend
     on absolute position: the logit is not exactly a function of distance. The paper does not say so.
 
-    Raises ValueError: 0 < n_freqs < M; an unknown coef_init; a negative sigma; N so short that every pair is clipped (N < 7).
+    Raises ValueError: 0 < n_freqs < M, or n_freqs without a series; an unknown coef_init; a negative sigma; N so short that every pair is clipped (N < 7).
     """
 
     def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
@@ -126,6 +126,8 @@ class FoPE(RoPE):
         M, D = len(kept), options.n_freqs or len(kept)
         if M == 0:
             raise ValueError(f"train_len {train_len} is so short that the floor 2 pi / {train_len} clips every frequency")
+        if options.n_freqs and not options.fourier_series:
+            raise ValueError("n_freqs is the length of the Fourier series: leave it 0 where fourier_series is false")
         if D < M:
             raise ValueError(f"n_freqs {D} is fewer than the {M} frequencies kept at train_len {train_len}: use 0 or >= {M}")
         # The paper: "others anywhere in [0, pi]". Midpoints of D - M equal steps of log w.

@@ -87,7 +87,7 @@ def parse_flags(argv: list[str]) -> TrainConfig:
         return text.lower() == "true"
 
     boolean.__name__ = "true or false"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Type and default of every flag; --model's preset wins over the default.", allow_abbrev=False)
     parser.error = fail
     for f in fields(TrainConfig):
         kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
@@ -316,6 +316,9 @@ def train(cfg: TrainConfig) -> Path | None:
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
+    first = machine.sum(float(start) if main else 0.0)[0]
+    if machine.sum(float(start != first))[0]:
+        fail(f"the machines do not see the same checkpoint in {out}: --out must be a folder that all of them share")
 
     machine.sum(0)  # every process has looked before one writes
     log = None

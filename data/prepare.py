@@ -278,7 +278,7 @@ def download(url: str, path: Path, stop: threading.Event) -> None:
             if failures == TRIES:
                 raise Broken(f"{url} could not be downloaded in {TRIES} attempts ({error}): the same command goes on from here") from None
             pause = PAUSE * 2 ** (failures - 1)
-            print(f"\n{path.name}: {error}; again in {pause:.0f} s", flush=True)
+            print(f"\r{url}: {error}; again in {pause:.0f} s", flush=True)
             if stop.wait(pause):
                 return
 
@@ -420,20 +420,23 @@ def in_order(pool: ProcessPoolExecutor, chunks, ahead: int):
 class Progress:
     """Shards, tokens, tokens/s and the time left: every second on a terminal, every half minute elsewhere."""
 
-    def __init__(self, shards: int, limit: int | None):
-        self.shards, self.limit, self.shown = shards, limit, 0.0
-        self.began = None  # time, tokens and share done
+    def __init__(self, state: dict, shards: int, limit: int | None):
+        self.shards, self.limit, self.shown, self.start = shards, limit, 0.0, time.time()
+        self.tokens, self.share = self.done(len(state["shards"]), state)
+
+    def done(self, read: float, state: dict) -> tuple[int, float]:
+        """Tokens, and the share of the work that is done."""
+        train = state["train"]["tokens"]
+        return train + state["val"]["tokens"], max(read / self.shards, train / self.limit if self.limit else 0)
 
     def __call__(self, read: float, state: dict) -> None:
         """`read` shards are read, the last of them in part."""
-        tokens, now = state["train"]["tokens"] + state["val"]["tokens"], time.time()
-        share = max(read / self.shards, state["train"]["tokens"] / self.limit if self.limit else 0)
-        self.began = self.began or (now, tokens, share)
-        terminal = sys.stdout.isatty()
-        if now - self.shown > (1 if terminal else 30) and now > self.began[0]:
-            elapsed, gained = now - self.began[0], share - self.began[2]
+        terminal, now = sys.stdout.isatty(), time.time()
+        if now - self.shown > (1 if terminal else 30):
+            tokens, share = self.done(read, state)
+            elapsed, gained = now - self.start, share - self.share
             line = f"{read:.1f} of {'at most ' if self.limit else ''}{self.shards} shards  {tokens:,} tokens  "
-            line += f"{(tokens - self.began[1]) / elapsed:,.0f} tokens/s"
+            line += f"{(tokens - self.tokens) / elapsed:,.0f} tokens/s"
             line += f"  {elapsed * (1 - share) / gained / 60:.1f} min left" if gained > 0 else ""
             print(f"\r{line:<100}" if terminal else line, end="" if terminal else "\n", flush=True)
             self.shown = now
@@ -475,7 +478,7 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
             state[split]["documents"] += chunk["documents"][split]
         state["empty"] += chunk["documents"]["empty"]
 
-    progress, fetched = Progress(len(shards), limit), {}
+    progress, fetched = Progress(state, len(shards), limit), {}
     # Spawned, not forked: a process with threads must not be forked.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,))
     try:
@@ -498,7 +501,7 @@ def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int |
                             break
             except Damaged as error:
                 if place != work / name:
-                    raise Broken(f"{place} is damaged ({error}): mend it, or leave it out") from None
+                    raise Broken(f"{place} is damaged ({error}): mend it or leave it out, remove {work} and start again") from None
                 place.unlink()
                 raise Broken(f"{name} came damaged ({error}): the same command downloads it again") from None
             state["shards"].append(name)

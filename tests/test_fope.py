@@ -240,6 +240,7 @@ def test_fope_logits_depend_on_absolute_position_a_little():
         (7, 64, {}, "odd"),
         (64, 512, dict(n_freqs=15), "15.*16"),
         (64, 512, dict(n_freqs=-1), "-1.*16"),
+        (64, 512, dict(n_freqs=24, fourier_series=False), "leave it 0"),
         (64, 512, dict(n_freqs=31, clip_floor=False), "31.*32"),
         (64, 512, dict(coef_init="uniform"), "uniform.*normal or xavier"),
         (64, 6, {}, "short"),

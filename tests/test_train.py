@@ -568,7 +568,7 @@ SHARED_STOPS = {  # as STOPS, for two processes: rank 0 writes the checkpoints
 
 
 @pytest.fixture(scope="module")
-def pairs(data, tmp_path_factory):
+def pairs(data, stopped, tmp_path_factory):
     """Two processes: {name: (folder, how they ended)} for SHARED_STOPS and for what they refuse."""
     tmp = tmp_path_factory.mktemp("pairs")
     diverges = at_step(9, "return float('inf')")
@@ -576,6 +576,9 @@ def pairs(data, tmp_path_factory):
     looks = on_call("train.DistributedDataParallel.forward", 1, "assert not args[0].will_sync_module_buffers()")
     jobs |= {"keeps its buffers": (data, ["--steps=1"], looks)}
     jobs |= {"no data": (tmp / "nothing", [], ""), "bad share": (data, ["--batch_tokens=96"], ""), "diverges": (data, [], diverges)}
+    shutil.copytree(stopped["reference"], tmp / "no shared folder")
+    elsewhere = only_rank(1, "sys.argv = [arg + '-elsewhere' if arg.startswith('--out') else arg for arg in sys.argv]")
+    jobs |= {"no shared folder": (data, ["--resume"], elsewhere)}
     ends = run_jobs(tmp, [(flags(folder, tmp / name, *more), patch) for name, (folder, more, patch) in jobs.items()], world=2)
     return {name: (tmp / name, end) for name, end in zip(jobs, ends)}
 
@@ -608,6 +611,7 @@ def test_a_signal_to_any_process_stops_all(pairs):
         ("no data", "train.bin: make it with", None),
         ("bad share", "--batch_tokens 96", None),
         ("diverges", "step 11", 8),
+        ("no shared folder", "--out must be a folder that all of them share", 20),
         ("rank 0 has a full disk", "No space left", 8),
         ("rank 0 has a full disk at a log line", "log.jsonl could not be written", 12),
     ],

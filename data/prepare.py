@@ -421,7 +421,8 @@ class Progress:
     """Shards, tokens, tokens/s and the time left: every second on a terminal, every half minute elsewhere."""
 
     def __init__(self, state: dict, shards: int, limit: int | None):
-        self.shards, self.limit, self.shown, self.start = shards, limit, 0.0, time.time()
+        self.shards, self.limit = shards, limit
+        self.start = self.shown = time.time()
         self.tokens, self.share = self.done(len(state["shards"]), state)
 
     def done(self, read: float, state: dict) -> tuple[int, float]:

@@ -444,6 +444,11 @@ def main() -> None:
     out = train(cfg)
     if out and cfg.eval_trials:
         eval_passkey.main([str(out), f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}"])
+    if "RANK" in os.environ:
+        # DDP never lets go of its process group: gloo's threads outlive it, and now and then Python's own end, when it
+        # comes to them, aborts a process that has done all its work.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import tiktoken
 import eval_passkey
 import train
 from data import prepare
+from stops import KILL, on_call
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1"}
@@ -345,24 +346,10 @@ def test_same_bytes_with_any_number_of_workers_and_over_a_bad_connection(tmp_pat
     assert [list(faults) for faults in bad.faults.values()] == [[]] * len(C4_FAULTS)  # all of them were met
 
 
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 HEED_CTRL_C = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell starts background jobs with it ignored
 CTRL_C = f"{HEED_CTRL_C}; os.killpg(0, signal.SIGINT)"  # all processes get it
 KILL_WORKERS = "[child.kill() for child in multiprocessing.active_children()]"
 FULL_DISK = "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
-
-
-def on_call(function, n, action):
-    """Code that runs `action` before the n-th call of `function`; `real`, `args` are there for it."""
-    return f"""
-real, calls = {function}, []
-def patched(*args, **kwargs):
-    calls.append(args)
-    if len(calls) == {n}:
-        {action}
-    return real(*args, **kwargs)
-{function} = patched
-"""
 
 
 # What stops the command (a number: the signal that it gets from outside while a download stalls), its status, how many

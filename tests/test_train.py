@@ -19,6 +19,7 @@ import torch
 import train
 from data import prepare
 from model import GPT
+from stops import KILL, on_call
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,6 @@ FLAGS = (
     "--compile=off --dtype=float32 --device=cpu"
 ).split()
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 
 
@@ -137,19 +137,6 @@ def learning_rate(step, cfg):
         {action}
     return real_learning_rate(step, cfg)
 train.learning_rate = learning_rate
-"""
-
-
-def on_call(function, n, action):
-    """Code that runs `action` before the n-th call of `function`; `real`, `args` are there for it."""
-    return f"""
-real, calls = {function}, []
-def patched(*args, **kwargs):
-    calls.append(args)
-    if len(calls) == {n}:
-        {action}
-    return real(*args, **kwargs)
-{function} = patched
 """
 
 

@@ -113,7 +113,8 @@ class FoPE(RoPE):
     Since q and k are both multiplied by a series, their product also holds the cross terms a_w a_w', which depend
     on absolute position: the logit is not exactly a function of distance. The paper does not say so.
 
-    Raises ValueError: 0 < n_freqs < M, or n_freqs without a series; an unknown coef_init; a negative sigma; N so short that every pair is clipped (N < 7).
+    Raises ValueError: 0 < n_freqs < M, or n_freqs without a series; an unknown coef_init; a negative sigma; N so
+    short that every pair is clipped (N < 7).
     """
 
     def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):

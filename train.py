@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eval_passkey
 from data import prepare
-from data.prepare import fail
+from data.prepare import fail, replace_file
 from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
 
 # What a preset trains with. The paper's recipe (App. A.3): 10B tokens in steps of 524 288.
@@ -199,20 +199,6 @@ def take(tokens: np.ndarray, sequences: np.ndarray, T: int, device) -> tuple[tor
 # Checkpoints
 
 
-def replace_file(path: Path, write) -> None:
-    """Whole or not at all: write(f) goes beside the old file, is synced to the disk, then renamed over it."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def open_log(path: Path, step: int):
     """The log without the lines past `step`, which will be written again, open for more, unbuffered."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -317,10 +303,9 @@ def train(cfg: TrainConfig) -> Path | None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
     first = machine.sum(float(start) if main else 0.0)[0]
-    if machine.sum(float(start != first))[0]:
+    if machine.sum(float(start != first))[0]:  # behind this sum every process has looked: one may write
         fail(f"the machines do not see the same checkpoint in {out}: --out must be a folder that all of them share")
 
-    machine.sum(0)  # every process has looked before one writes
     log = None
     if main:
         try:

@@ -53,6 +53,24 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+def replace_file(path: Path, write) -> None:
+    """Whole or not at all: write(f) goes beside the old file, is synced to the disk, then renamed over it."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace(path: Path, text: str) -> None:
+    replace_file(path, lambda f: f.write(text.encode()))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
@@ -141,6 +159,7 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
 # ---------------------------------------------------------------------------------------------------------------------
 # The built-in corpus
 
+
 def standard_library() -> tuple[str, list[tuple[str, str]]]:
     """What it is, and (name, text) of every module of the running Python's standard library, in order of name."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -181,8 +200,10 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     """Training windows of `length` byte tokens: text, and a share of passkey windows, three in four of them drills."""
     source, documents = standard_library()
     tokenizer = byte_tokenizer()
-    text = join(tokenizer, [t for name, t in documents if not held_out(hashlib.sha256(name.encode()).digest(), 0.03)])
-    val = join(tokenizer, [t for name, t in documents if held_out(hashlib.sha256(name.encode()).digest(), 0.03)])
+    sides: dict[bool, list[str]] = {False: [], True: []}
+    for name, content in documents:
+        sides[held_out(hashlib.sha256(name.encode()).digest(), 0.03)].append(content)
+    text, val = join(tokenizer, sides[False]), join(tokenizer, sides[True])
     text = text[: len(text) // length * length].reshape(-1, length)
     rng = np.random.default_rng(seed)
     passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
@@ -192,6 +213,7 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     train = rng.permutation(np.concatenate([text, passkey])).ravel()
     facts = {"source": source, "documents": len(documents), "passkey_share": share, "window": length}
     return write(out, tokenizer, train, val, facts)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Corpora of any size. A shard is a file, of the hub's or your own: (name, path or address, its split or None: by document)
@@ -443,23 +465,12 @@ class Progress:
             self.shown = now
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def convert(work: Path, shards: list, tokenizer: tiktoken.Encoding, limit: int | None, workers: int, stop) -> dict:
+def convert(work: Path, state: dict, shards: list, tokenizer: tiktoken.Encoding, limit: int | None, workers: int, stop) -> dict:
     """Every shard's tokens, in order, into work/train.bin and work/val.bin, up to `limit` training tokens.
 
-    work/state.json counts what whole shards brought, and is replaced after each, once their tokens are on the disk.
+    state, kept in work/state.json, counts what whole shards brought, and is replaced after each, once their tokens are on the disk.
     Started again, this cuts the files back to it and goes on with the next shard. Returns the counts.
     """
-    state = json.loads((work / "state.json").read_text())
     files = {split: open(work / f"{split}.bin", "ab") for split in ("train", "val")}
     for split, file in files.items():
         file.truncate(2 * state[split]["tokens"])
@@ -618,11 +629,11 @@ def large(out: Path, args) -> dict:
     work, stop = out.with_name(out.name + ".partial"), threading.Event()
     work.mkdir(parents=True, exist_ok=True)
     state_path = work / "state.json"
-    nothing = {"tokens": 0, "documents": 0}
     if not state_path.exists():
-        state = {"arguments": arguments, "shards": [], "done": False, "train": nothing, "val": nothing, "empty": 0}
-        replace(state_path, json.dumps(state))
-    elif json.loads(state_path.read_text())["arguments"] != arguments:
+        splits = {split: {"tokens": 0, "documents": 0} for split in ("train", "val")}
+        replace(state_path, json.dumps({"arguments": arguments, "shards": [], "done": False, **splits, "empty": 0}))
+    state = json.loads(state_path.read_text())
+    if state["arguments"] != arguments:
         raise Broken(f"{work} was begun with other arguments or files: repeat those, or remove it")
     if args.tokenizer.endswith(".tiktoken"):
         shutil.copyfile(args.tokenizer, work / "tokenizer.tiktoken")
@@ -631,7 +642,7 @@ def large(out: Path, args) -> dict:
     else:
         # One text alone is split by the end of it, not held out as a whole.
         shards = [(Path(path).name, path, "train" if len(args.source) == 1 and is_text(path) else None) for path in args.source]
-    state = convert(work, shards, tokenizer, limit, args.workers, stop)
+    state = convert(work, state, shards, tokenizer, limit, args.workers, stop)
     if not state["train"]["tokens"]:
         raise Broken("there is no text to train on")
     facts = {"source": corpus or "files", "shards": state["shards"], "empty_documents": state["empty"]}

@@ -1,33 +1,16 @@
-"""Position embeddings in the frequency domain: FoPE, and what it is compared with (RoPE, ALiBi, KERPLE, FIRE, NoPE).
+"""Position embeddings in the frequency domain: FoPE, and what it is compared with. Written to be read from top to bottom.
 
-Attention compares a query at position i with a key at position j. Without help it cannot see i - j.
+    1. RoPE       turns each pair of dimensions by a wave of its own, and why that breaks beyond the training length
+    2. FoPE       drops the waves too slow to learn, and makes of every other one a Fourier series
+    3. the rest   ALiBi, NoPE; waves stretched for longer text; the biases KERPLE and FIRE, which are learned
 
-RoPE (Su et al., arXiv 2104.09864) turns pair m of every query and key at position n by the angle w_m n:
+Attention compares a query at position i with a key at position j. Without help it cannot see i - j. A position
+embedding here is a module: forward(q, k, offset) takes q and k of shape (B, n_head, T, head_dim) that stand at positions
+offset .. offset+T-1, and returns them positioned. Attention stays one fused call for all of them,
+scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim ** -0.5): no T x T tensor is built. Only KERPLE
+and FIRE, which learn what to add to the logit at each distance, need one, in training.
 
-    w_m = theta^(-2m/d),  m = 0 .. d/2-1                                                              (1)
-    (x_m, x_{m+d/2})  ->  (x_m cos w_m n - x_{m+d/2} sin w_m n,  x_{m+d/2} cos w_m n + x_m sin w_m n)  (2)
-
-so the logit at distance n is h(n) = sum_m H_m exp(i w_m n): an inverse non-uniform Fourier transform. Every
-term is periodic and could go on for ever. Two things break that beyond the training length N:
-
-  - leakage and distortion: linear layers and activations mix the pairs, so each holds other frequencies too;
-  - truncation: a wave slower than the floor
-
-    w_l = 2 pi / N                                                                                    (3)
-
-    never finishes a cycle in training. The model sees a piece of it, and from N on meets angles it never saw.
-
-FoPE (Hua et al., arXiv 2412.17739) answers both. A pair under the floor is not turned at all, and every other
-pair is turned not by a single wave but by a Fourier series (the paper's Eq. 13):
-
-    f(w_m, n) = 1                                        if w_m < w_l    (CF: clip to frequency zero)
-    f(w_m, n) = exp(i w_m n) + sum_w a_w exp(i w n)      otherwise       (FS: the pair's own wave, plus a little
-                                                                          of the others; a_w drawn once, fixed)
-
-A position embedding here is a module: forward(q, k, offset) takes q and k of shape (B, n_head, T, head_dim) that
-stand at positions offset .. offset+T-1, and returns them positioned. Attention stays one fused call for all of
-them, scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim ** -0.5): no T x T tensor is built. Only
-KERPLE and FIRE, which learn what to add to the logit at each distance, need one, in training.
+d is head_dim, N the training length. Equations (a) to (d) are ours to count; "Eq. 13" is the FoPE paper's number.
 """
 
 import math
@@ -36,13 +19,50 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. RoPE (Su et al., arXiv 2104.09864)
+#
+# Pair m of every query and key gets a frequency. From one radian a token down to nearly 1 / theta, evenly in log w:
+#
+#     w_m = theta^(-2m/d),   m = 0 .. d/2-1                                                                  (a)
+
+
+def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> torch.Tensor:
+    """(a): the head_dim/2 frequencies in radians a token, highest first, float64."""
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+# At position n the pair is turned by the angle w_m n. As a complex number z = x_m + i x_{m+d/2}, by a factor:
+#
+#     z  ->  z exp(i w_m n),   that is   (x_m cos w_m n - x_{m+d/2} sin w_m n,  x_{m+d/2} cos w_m n + x_m sin w_m n)   (b)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(b) on x (B, n_head, T, head_dim) with float32 tables of shape (T, M) or (n_head, T, M).
+
+    Pair m is (m, m + head_dim/2), the half-split layout of the release, Llama and vLLM. Pairs from M on are under
+    the floor and pass through untouched. Computed in float32, returned in x's dtype.
+    """
+    M = cos.shape[-1]
+    first, second = x.float().chunk(2, dim=-1)
+    a, b = first[..., :M], second[..., :M]
+    return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
+
+
+# A query turned at i meets a key turned at j: exp(i w_m i) conj(exp(i w_m j)). Only the distance n = i - j is left,
+#
+#     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                (c)
+#
+# The logit is an inverse Fourier transform at frequencies that are not evenly spaced. Each term is periodic, and could
+# go on for ever.
+
 
 @dataclass
 class PositionOptions:
     """What can be changed, each named after the paper's word for it. RoPE reads the frequencies' options alone."""
 
     # The frequencies, of RoPE and FoPE
-    theta: float = 10_000.0  # their base, Eq. 1
+    theta: float = 10_000.0  # their base
     whole_cycles: bool = False  # RoPE-A: each moved to the nearest whole number of cycles in N; under half a cycle: 0
     scaling: str = "none"  # stretch the waves for longer text: "linear" (position interpolation) or "yarn"
     scale: float = 16.0  # how many times longer
@@ -56,13 +76,8 @@ class PositionOptions:
     zero_phase: bool = True  # clipped pairs: True is Eq. 13 (cos 1, sin 0); False the release (cos 1, sin 1)
 
 
-def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> torch.Tensor:
-    """Eq. 1: the head_dim/2 frequencies in radians a token, highest first, float64."""
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-
-
 def frequencies(head_dim: int, train_len: int, options: PositionOptions) -> torch.Tensor:
-    """Eq. 1 with the options for it: what RoPE and FoPE start from. Raises ValueError."""
+    """(a) with the options for it: what RoPE and FoPE start from. Raises ValueError."""
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd: a rotation needs pairs of dimensions")
     omega = rope_frequencies(head_dim, options.theta)
@@ -72,20 +87,8 @@ def frequencies(head_dim: int, train_len: int, options: PositionOptions) -> torc
     return stretched(omega, head_dim, options)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Eq. 2 on x (B, n_head, T, head_dim) with float32 tables of shape (T, M) or (n_head, T, M).
-
-    Pair m is (m, m + head_dim/2), the half-split layout of the release, Llama and vLLM. Pairs from M on are under
-    the floor and pass through untouched. Computed in float32, returned in x's dtype.
-    """
-    M = cos.shape[-1]
-    first, second = x.float().chunk(2, dim=-1)
-    a, b = first[..., :M], second[..., :M]
-    return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
-
-
 class RoPE(nn.Module):
-    """Eq. 2 for every pair, from cos and sin tables that grow when a longer sequence comes.
+    """(b) for every pair, from cos and sin tables that grow when a longer sequence comes.
 
     Angles are computed in float64 (in float32 the angle of position 8191 is off by up to 5e-4) on the CPU (not
     every accelerator has float64), and kept as float32 tables.
@@ -122,6 +125,27 @@ class RoPE(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. FoPE (Hua et al., arXiv 2412.17739)
+#
+# Two things spoil RoPE's spectrum:
+#
+#   - truncation: training shows N tokens. A wave slower than the floor
+#
+#         w_l = 2 pi / N                                                                                     (d)
+#
+#     finishes no cycle in them. The model sees a piece of it, hard to tell from a constant; at distances beyond N come
+#     angles that it never saw, and attention breaks: at 2N a RoPE model is lost.
+#   - leakage and distortion: linear layers mix the pairs, activations make sums and differences of their frequencies.
+#     So each pair carries other frequencies too, and all are turned as if they were its own.
+#
+# FoPE answers both, in what a pair is multiplied by at position n:
+#
+#     f(w_m, n) = 1                                      if w_m < w_l   CF: clipped to frequency zero, not turned at all
+#     f(w_m, n) = exp(i w_m n) + sum_w a_w exp(i w n)    otherwise      FS: its own wave, plus a little of the others,
+#                                                                       a_w drawn once and fixed         (Eq. 13)
+
+
 class FoPE(RoPE):
     """Eq. 13. The coefficients never change, so each series is summed once, into tables of shape (n_head, T, M):
     from there on FoPE *is* RoPE with other tables, and costs what RoPE costs.
@@ -140,7 +164,7 @@ class FoPE(RoPE):
 
     def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
         nn.Module.__init__(self)
-        floor = 2 * math.pi / train_len  # Eq. 3
+        floor = 2 * math.pi / train_len  # (d)
         self.head_dim, omega = head_dim, frequencies(head_dim, train_len, options)
         kept = omega[omega >= floor] if options.clip_floor else omega
         M, D = len(kept), options.n_freqs or len(kept)
@@ -183,6 +207,10 @@ class FoPE(RoPE):
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.build(self.cos.shape[-2], self.cos.device)  # the tables follow the coefficients just loaded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. What it is compared with
 
 
 class ALiBi(nn.Module):
@@ -242,9 +270,9 @@ def stretched(omega: torch.Tensor, head_dim: int, options: PositionOptions) -> t
     if options.scaling != "yarn":
         raise ValueError(f"scaling {options.scaling!r} is unknown: use none, linear or yarn")
     if options.whole_cycles or options.theta <= 1:
-        raise ValueError("yarn needs the frequencies of Eq. 1: use it without whole_cycles, and with theta above 1")
+        raise ValueError("yarn needs frequencies that fall with m: use it without whole_cycles, and with theta above 1")
 
-    def index(w):  # m of Eq. 1
+    def index(w):  # m of (a)
         return -head_dim / 2 * math.log(w) / math.log(options.theta)
 
     fast, slow = (2 * math.pi * cycles / options.original_len for cycles in (32, 1))

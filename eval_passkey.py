@@ -220,14 +220,14 @@ def figure(results: list[dict], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("x", "--"), ("P", "-."), ("*", ":")]
+    styles = list(zip("os^Dvx", ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))))
     for i, (name, runs) in enumerate(group(results).items()):
         marker, line = styles[i % len(styles)]
         for axis, values in zip(axes, ([[r / run["trials"] for r in run["passkey"]] for run in runs], [run["perplexity"] for run in runs])):
             lengths, values = runs[0]["lengths"], np.array(values)
             axis.plot(lengths, values.mean(0), marker=marker, linestyle=line, label=f"{name} (n={len(runs)})")
             axis.fill_between(lengths, values.min(0), values.max(0), alpha=0.2)
-    for axis, title in zip(axes, ("passkey accuracy", "validation perplexity")):
+    for axis, title in zip(axes, ("passkey accuracy: look beyond N, dotted", "validation perplexity: flat is good")):
         axis.set_xscale("log", base=2)
         axis.set_xticks(results[0]["lengths"], map(str, results[0]["lengths"]))
         axis.set_xlabel("length in tokens")

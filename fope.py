@@ -10,7 +10,8 @@ offset .. offset+T-1, and returns them positioned. Attention stays one fused cal
 scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim ** -0.5): no T x T tensor is built. Only KERPLE
 and FIRE, which learn what to add to the logit at each distance, need one, in training.
 
-d is head_dim, N the training length. Equations (a) to (d) are ours to count; "Eq. 13" is the FoPE paper's number.
+d is head_dim, N the training length, n a position or a distance in tokens. Equations (a) to (d) are numbered by us; "Eq. 13"
+is the FoPE paper's number. "The release" is the code that its authors published.
 """
 
 import math
@@ -18,6 +19,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+# The options, to be skipped at a first reading: each is explained where it is used.
+
+
+@dataclass
+class PositionOptions:
+    """What can be changed. RoPE reads the frequencies' options alone."""
+
+    # The frequencies, of RoPE and FoPE
+    theta: float = 10_000.0  # their base
+    whole_cycles: bool = False  # RoPE-A: each moved to the nearest whole number of cycles in N; under half a cycle: 0
+    scaling: str = "none"  # stretch the waves for longer text: "linear" (position interpolation) or "yarn"
+    scale: float = 16.0  # how many times longer
+    original_len: int = 512  # YaRN: the training length before that
+    # FoPE
+    fourier_series: bool = True  # FS: False leaves every kept pair its own wave only
+    clip_floor: bool = True  # CF: False keeps the frequencies below the floor
+    sigma: float = 0.3  # size of the a_w; what it means is coef_init's to say
+    n_freqs: int = 0  # D, the frequencies in a series; 0: the kept ones and no others
+    coef_init: str = "xavier"  # "xavier": the authors' code, gain sigma; "normal": the paper's text, standard deviation sigma
+    zero_phase: bool = True  # clipped pairs: True is Eq. 13 (cos 1, sin 0); False the authors' code (cos 1, sin 1)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. RoPE (Su et al., arXiv 2104.09864)
@@ -49,42 +72,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
 
 
-# A query turned at i meets a key turned at j: exp(i w_m i) conj(exp(i w_m j)). Only the distance n = i - j is left,
+# A query turned at n' meets a key turned at n'': exp(i w_m n') conj(exp(i w_m n'')) = exp(i w_m (n' - n'')). The logit is a
+# function of the distance n = n' - n'' alone,
 #
 #     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                (c)
 #
-# The logit is an inverse Fourier transform at frequencies that are not evenly spaced. Each term is periodic, and could
-# go on for ever.
-
-
-@dataclass
-class PositionOptions:
-    """What can be changed, each named after the paper's word for it. RoPE reads the frequencies' options alone."""
-
-    # The frequencies, of RoPE and FoPE
-    theta: float = 10_000.0  # their base
-    whole_cycles: bool = False  # RoPE-A: each moved to the nearest whole number of cycles in N; under half a cycle: 0
-    scaling: str = "none"  # stretch the waves for longer text: "linear" (position interpolation) or "yarn"
-    scale: float = 16.0  # how many times longer
-    original_len: int = 512  # YaRN: the training length before that
-    # FoPE
-    fourier_series: bool = True  # FS: False leaves every kept pair its own wave only
-    clip_floor: bool = True  # CF: False keeps the frequencies under the floor
-    sigma: float = 0.3  # size of the a_w; what it means is coef_init's to say
-    n_freqs: int = 0  # D, the frequencies in a series; 0: the kept ones and no others
-    coef_init: str = "xavier"  # "xavier": the release, gain sigma; "normal": the text, standard deviation sigma
-    zero_phase: bool = True  # clipped pairs: True is Eq. 13 (cos 1, sin 0); False the release (cos 1, sin 1)
-
-
-def frequencies(head_dim: int, train_len: int, options: PositionOptions) -> torch.Tensor:
-    """(a) with the options for it: what RoPE and FoPE start from. Raises ValueError."""
-    if head_dim % 2:
-        raise ValueError(f"head_dim {head_dim} is odd: a rotation needs pairs of dimensions")
-    omega = rope_frequencies(head_dim, options.theta)
-    if options.whole_cycles:  # a wave under half a cycle in N becomes no wave: the paper does not say, nearest is 0
-        cycle = 2 * math.pi / train_len
-        omega = (omega / cycle).round() * cycle
-    return stretched(omega, head_dim, options)
+# an inverse Fourier transform at frequencies that are not evenly spaced. Each wave is periodic, and could go on for ever.
 
 
 class RoPE(nn.Module):
@@ -96,7 +89,7 @@ class RoPE(nn.Module):
 
     def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
         super().__init__()
-        self.omega, self.head_dim = frequencies(head_dim, train_len, options), head_dim
+        self.omega, self.head_dim = frequencies(head_dim, train_len, options), head_dim  # (a), unless the options change it
         self.build(train_len)
 
     def tables(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,22 +121,28 @@ class RoPE(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. FoPE (Hua et al., arXiv 2412.17739)
 #
-# Two things spoil RoPE's spectrum:
+# Why does RoPE break beyond N? Two things spoil its spectrum:
 #
-#   - truncation: training shows N tokens. A wave slower than the floor
+#   - Truncation. Training shows N tokens. A wave slower than the floor
 #
 #         w_l = 2 pi / N                                                                                     (d)
 #
-#     finishes no cycle in them. The model sees a piece of it, hard to tell from a constant; at distances beyond N come
-#     angles that it never saw, and attention breaks: at 2N a RoPE model is lost.
-#   - leakage and distortion: linear layers mix the pairs, activations make sums and differences of their frequencies.
-#     So each pair carries other frequencies too, and all are turned as if they were its own.
+#     finishes no cycle in them, and the distances beyond N bring angles that training never showed. With N = 512, pair 8
+#     (w = 0.1) has made 8 turns by N; pair 24 (w = 0.001) turns by 0.5 rad in training, and by 1.0 at 2N.
+#   - Leakage and distortion. The waves enter the hidden states through the attention weights; the next layer's matrices
+#     mix them, its activations make sums and differences of their frequencies, and the next q and k carry all of them.
+#     Yet RoPE turns a pair as if it held one.
 #
-# FoPE answers both, in what a pair is multiplied by at position n:
+# FoPE answers with what it multiplies a pair by at position n:
 #
-#     f(w_m, n) = 1                                      if w_m < w_l   CF: clipped to frequency zero, not turned at all
-#     f(w_m, n) = exp(i w_m n) + sum_w a_w exp(i w n)    otherwise      FS: its own wave, plus a little of the others,
-#                                                                       a_w drawn once and fixed         (Eq. 13)
+#     f(w_m, n) = 1                                   if w_m < w_l   CF: clipped to frequency zero, not turned at all
+#     f(w_m, n) = cos w_m n + sum_w a_w cos w n                      FS: its own wave, plus a little of the others.
+#            + i (sin w_m n + sum_w b_w sin w n)      otherwise      a_w, b_w are drawn once and fixed         (Eq. 13)
+#
+# (The paper writes one a_w for both and draws cosine's and sine's apart.) A clipped pair means the same at every distance,
+# and a kept wave has shown all of its angles within N: no single pair meets anything new beyond N, only their combination
+# is new. The series puts a little of every kept frequency into every pair, so that the network is trained on mixtures; why
+# random ones should help is the paper's argument, and not shown here.
 
 
 class FoPE(RoPE):
@@ -155,8 +154,9 @@ class FoPE(RoPE):
     The coefficients are drawn per layer (by seed), per head, and for cos and sin apart. They come from a generator
     of their own, so that all other weights start as RoPE's do, and are saved with the model.
 
-    Since q and k are both multiplied by a series, their product also holds the cross terms a_w a_w', which depend
-    on absolute position: the logit is not exactly a function of distance. The paper does not say so.
+    The own wave of a query's pair also meets the other waves in its key's series: a_w exp(i w_m n') exp(-i w n'') is no
+    function of n' - n''. So the logit is not exactly a function of distance, in proportion to sigma. The paper does
+    not say so.
 
     Raises ValueError: 0 < n_freqs < M, or n_freqs without a series; an unknown coef_init; a negative sigma; N so
     short that every pair is clipped (N < 7).
@@ -166,32 +166,37 @@ class FoPE(RoPE):
         nn.Module.__init__(self)
         floor = 2 * math.pi / train_len  # (d)
         self.head_dim, omega = head_dim, frequencies(head_dim, train_len, options)
-        kept = omega[omega >= floor] if options.clip_floor else omega
+        kept = omega[omega >= floor] if options.clip_floor else omega  # the others are Eq. 13's first case
         M, D = len(kept), options.n_freqs or len(kept)
+        self.check(options, train_len, M, D)
+        # The paper: "others anywhere in [0, pi]". Midpoints of D - M equal steps of log w.
+        step = (torch.arange(D - M, dtype=torch.float64) + 0.5) / max(D - M, 1)
+        self.omega = torch.cat([kept, floor * (math.pi / floor) ** step])
+        # The release clips by zeroing the angle *after* cos and sin, so cos = sin = 1: a turn by 45 degrees and a
+        # stretch by sqrt(2), which makes these pairs count twice in the logit. Eq. 13 is "leave it alone".
+        self.n_ones = 0 if options.zero_phase else head_dim // 2 - M
+
+        # The paper's text says N(0, sigma). The release says xavier_normal_(gain=sigma) on an (n_head, D, M) tensor,
+        # whose fans torch counts as D M and n_head M: about a fourteenth of sigma at 60M.
+        std = {"normal": options.sigma, "xavier": options.sigma * math.sqrt(2 / (D * M + n_head * M))}
+        generator = torch.Generator().manual_seed(seed)
+        coef = torch.randn(2, n_head, D, M, generator=generator) * std[options.coef_init]
+        self.register_buffer("coef", coef if options.fourier_series else None)  # [0] for cos, [1] for sin
+        self.build(train_len)
+
+    @staticmethod
+    def check(options: PositionOptions, train_len: int, M: int, D: int) -> None:
+        """Raises ValueError for what cannot be built."""
         if M == 0:
             raise ValueError(f"train_len {train_len} is so short (or scale so large) that the floor 2 pi / {train_len} clips every frequency")
         if options.n_freqs and not options.fourier_series:
             raise ValueError("n_freqs is the length of the Fourier series: leave it 0 where fourier_series is false")
         if D < M:
             raise ValueError(f"n_freqs {D} is fewer than the {M} frequencies kept at train_len {train_len}: use 0 or >= {M}")
-        # The paper: "others anywhere in [0, pi]". Midpoints of D - M equal steps of log w.
-        step = (torch.arange(D - M, dtype=torch.float64) + 0.5) / max(D - M, 1)
-        self.omega = torch.cat([kept, floor * (math.pi / floor) ** step])
-        # The release clips by zeroing the angle *after* cos and sin, so cos = sin = 1: a turn by 45 degrees and a
-        # stretch by sqrt(2), which makes these pairs count twice in the logit. Eq. 13 is "leave it alone".
-        self.n_unit = 0 if options.zero_phase else head_dim // 2 - M
-
-        # The paper's text says N(0, sigma). The release says xavier_normal_(gain=sigma) on an (n_head, D, M) tensor,
-        # whose fans torch counts as D M and n_head M: about a fourteenth of sigma at 60M.
-        std = {"normal": options.sigma, "xavier": options.sigma * math.sqrt(2 / (D * M + n_head * M))}
         if not 0 <= options.sigma < math.inf:
             raise ValueError(f"sigma {options.sigma} must be a number from 0 up")
-        if options.coef_init not in std:
-            raise ValueError(f"coef_init {options.coef_init!r} is unknown: use {' or '.join(std)}")
-        generator = torch.Generator().manual_seed(seed)
-        coef = torch.randn(2, n_head, D, M, generator=generator) * std[options.coef_init]
-        self.register_buffer("coef", coef if options.fourier_series else None)  # [0] for cos, [1] for sin
-        self.build(train_len)
+        if options.coef_init not in ("normal", "xavier"):
+            raise ValueError(f"coef_init {options.coef_init!r} is unknown: use normal or xavier")
 
     def tables(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The M series at positions 0 .. T-1, float64, (n_head, T, M); without FS (T, M)."""
@@ -199,9 +204,9 @@ class FoPE(RoPE):
         if self.coef is not None:
             weight = self.coef.double().cpu()
             weight = weight + torch.eye(*weight.shape[-2:], dtype=torch.float64)  # own wave: column m has a 1 at w_m
-            cos, sin = cos @ weight[0], sin @ weight[1]  # (T, D) @ (n_head, D, M)
-        if self.n_unit:
-            cos, sin = (torch.cat([x, x.new_ones(*x.shape[:-1], self.n_unit)], dim=-1) for x in (cos, sin))
+            cos, sin = cos @ weight[0], sin @ weight[1]  # Eq. 13's second case: (T, D) @ (n_head, D, M)
+        if self.n_ones:
+            cos, sin = (torch.cat([x, x.new_ones(*x.shape[:-1], self.n_ones)], dim=-1) for x in (cos, sin))
         return cos, sin
 
     def _load_from_state_dict(self, *args):
@@ -253,6 +258,20 @@ class NoPE(nn.Module):
         return q, k
 
 
+# Frequencies changed on purpose
+
+
+def frequencies(head_dim: int, train_len: int, options: PositionOptions) -> torch.Tensor:
+    """(a) with the options for it: what RoPE and FoPE start from. Raises ValueError."""
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} is odd: a rotation needs pairs of dimensions")
+    omega = rope_frequencies(head_dim, options.theta)
+    if options.whole_cycles:  # a wave under half a cycle in N becomes no wave: the paper does not say, nearest is 0
+        cycle = 2 * math.pi / train_len
+        omega = (omega / cycle).round() * cycle
+    return stretched(omega, head_dim, options)
+
+
 def stretched(omega: torch.Tensor, head_dim: int, options: PositionOptions) -> torch.Tensor:
     """Frequencies omega made fit for a text `scale` times as long as training's. Raises ValueError for an unknown scaling.
 
@@ -280,6 +299,9 @@ def stretched(omega: torch.Tensor, head_dim: int, options: PositionOptions) -> t
     m = torch.tensor([index(w) for w in omega.tolist()], dtype=torch.float64)
     slowed = ((m - low) / max(high - low, 0.001)).clamp(0, 1)
     return omega / options.scale * slowed + omega * (1 - slowed)
+
+
+# Biases that are learned
 
 
 class LearnedBias(NoPE):

@@ -1,12 +1,85 @@
 """paper/figures.py: what it computes, against sums written out."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fope import FoPE, PositionOptions
-from paper.figures import departure
+from fope import FoPE, PositionOptions, RoPE
+from model import GPT, GPTConfig
+from paper import figures
+
+
+def test_frequencies_and_floor():
+    omega = [10_000.0 ** (-2 * m / 64) for m in range(32)]
+    assert figures.OMEGA == pytest.approx(omega, rel=1e-12)
+    assert figures.KEPT.tolist() == [w >= 2 * math.pi / 512 for w in omega]
+
+
+@pytest.mark.parametrize("n", [1, 7, 512])
+def test_dirichlet_is_the_mean_of_the_window(n):
+    for delta in (-3.0, -2 * math.pi, 0.0, 1e-14, 0.01, 2 * math.pi / n, 1.0, 2 * math.pi, 4.0):
+        expected = sum(complex(math.cos(delta * x), -math.sin(delta * x)) for x in range(n)) / n
+        centre = complex(math.cos(delta * (n - 1) / 2), math.sin(delta * (n - 1) / 2))
+        assert figures.dirichlet(np.array(delta), n) == pytest.approx((expected * centre).real, abs=1e-9)
+
+
+def test_spectrum_gives_amplitudes_back():
+    n = np.arange(64)
+    signal = 0.5 + 2 * np.cos(2 * np.pi * 5 * n / 64) - 3 * np.sin(2 * np.pi * 9 * n / 64) + 0.25 * np.cos(np.pi * n)
+    expected = np.zeros(33)
+    expected[[0, 5, 9, 32]] = 0.5, 2, 3, 0.25
+    assert figures.spectrum(signal) == pytest.approx(expected, abs=1e-12)
+
+
+def test_silu_makes_the_first_tones_and_even_mixtures_only():
+    """SiLU(x) - x / 2 is an even function: of j w1 + k w2 only those with j + k even are new."""
+    n = 2 * np.pi * np.arange(8192) / 8192
+    found = figures.spectrum(figures.silu(1.3 * np.cos(101 * n) + 0.7 * np.sin(211 * n)))
+    even = {abs(j * 101 + k * 211) for j in range(-9, 10) for k in range(-9, 10) if (j + k) % 2 == 0}
+    assert set(np.flatnonzero(found > 1e-4)) <= even | {101, 211}
+    assert min(found[[110, 312, 202, 422, 101, 211]]) > 0.01  # w2 - w1, w2 + w1, 2 w1, 2 w2
+
+
+def test_toy_is_two_pairs_of_series():
+    truth, fope, rope = figures.toy(0.2, 3)
+    a = FoPE(1, 4, figures.N, PositionOptions(theta=100.0, coef_init="normal", sigma=0.2), 6).coef[0, 0].double()
+    for n in (0, 1, 17, 511):
+        waves = math.cos(n), math.cos(0.1 * n)
+        assert rope[n] == pytest.approx(sum(waves), abs=1e-9)
+        assert fope[n] == pytest.approx(sum(waves) + sum(a[w, m].item() * waves[w] for w in (0, 1) for m in (0, 1)), abs=1e-6)
+    assert np.abs(truth - fope).max() > 0.05
+
+
+def test_mean_logit_is_that_of_the_module():
+    position = RoPE(1, figures.HEAD_DIM, 64)
+    q, k = 0.7 + torch.randn(2, 20_000, 1, 1, figures.HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    for n in (0, 5, 60):
+        logits = (position(q, k, offset=n)[0] * position(q, k, offset=0)[1]).sum(-1) / figures.HEAD_DIM**0.5
+        assert logits.mean().item() == pytest.approx(figures.mean_logit(0.7, np.array([n]))[0], abs=4 * logits.std().item() / 20_000**0.5)
+
+
+def test_measured_means_are_those_of_q_and_k(tmp_path, monkeypatch):
+    cfg = GPTConfig(pos="rope", n_layer=1, vocab_size=64, n_hidden=16)
+    model = GPT(cfg)
+    (tmp_path / "run").mkdir()
+    tokens = np.random.default_rng(0).integers(0, 64, 64 * 512 + 1).astype(np.uint16)
+    for name in ("train", "val"):
+        tokens.tofile(tmp_path / f"{name}.bin")
+    config = vars(cfg) | {"data": str(tmp_path)}
+    torch.save({"step": 7, "config": config, "tokenizer": "gpt2", "model": model.state_dict()}, tmp_path / "run/ckpt.pt")
+    monkeypatch.setattr(figures, "QK_MEANS", tmp_path / "means.json")
+    figures.measure_qk([str(tmp_path / "run")])
+    found = json.loads((tmp_path / "means.json").read_text())["rope"]
+
+    x = model.embedding.weight[torch.from_numpy(tokens[: 64 * 512].astype(np.int64))]
+    normed = x * (x.square().mean(-1, keepdim=True) + 1e-6) ** -0.5
+    q, k, _ = (normed @ model.blocks[0].attention.qkv.weight.T).split(128, dim=-1)
+    for name, expected in (("q", q), ("k", k)):
+        assert np.array(found[name]).reshape(128) == pytest.approx(expected.abs().mean(0).detach().numpy(), abs=6e-4)
+    assert found["step"] == 7 and found["seed"] == 0
 
 
 def plain(position, T):
@@ -25,9 +98,9 @@ def plain(position, T):
 @pytest.mark.parametrize("options", [{}, dict(coef_init="normal"), dict(clip_floor=False, sigma=1.0), dict(n_freqs=9, coef_init="normal")], ids=str)
 def test_departure_is_the_variance_along_diagonals(options):
     position = FoPE(2, 16, 24, PositionOptions(**{"theta": 10.0} | options))
-    assert departure(position, 24) == pytest.approx(plain(position, 24), rel=1e-4)
-    assert departure(position, 24) > 0.02
+    assert figures.departure(position, 24) == pytest.approx(plain(position, 24), rel=1e-4)
+    assert figures.departure(position, 24) > 0.02
 
 
 def test_without_series_there_is_none():
-    assert departure(FoPE(2, 16, 24, PositionOptions(sigma=0.0)), 24) < 1e-6
+    assert figures.departure(FoPE(2, 16, 24, PositionOptions(sigma=0.0)), 24) < 1e-6

@@ -331,6 +331,7 @@ def both_positions() -> None:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
+    torch.set_num_threads(1)  # much small work: more threads would wait for each other
     if sys.argv[1:]:
         measure_qk(sys.argv[1:])
     for draw in (waves, truncation, distortion, blind_coefficients, decay, undertrained, both_positions):

@@ -45,9 +45,8 @@ def save(fig, name: str) -> None:
 
 def waves() -> None:
     """(a) and (d) of fope.py: which frequencies the logit (c) is sampled at, and which of them finish no cycle in training."""
-    wavelength = 2 * np.pi / OMEGA
-    print(f"waves: {KEPT.sum()} of {len(OMEGA)} pairs are kept at N = {N}: wavelengths {wavelength[0]:.1f} to {wavelength[KEPT][-1]:.0f};")
-    print(f"    clipped: {wavelength[~KEPT][0]:.0f} to {wavelength[-1]:.0f} tokens")
+    wavelength = 2 * np.pi / np.maximum(OMEGA, 1e-9)
+    print(f"waves: {KEPT.sum()} of {len(OMEGA)} pairs are kept at N = {N}: wavelengths {wavelength[0]:.1f} to {wavelength[KEPT][-1]:.0f} of up to {wavelength[-1]:.0f} tokens")
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     fig.suptitle(f"Look left of the floor: {(~KEPT).sum()} of RoPE's {len(OMEGA)} waves finish no cycle in training")
 
@@ -61,7 +60,7 @@ def waves() -> None:
     left.legend(fontsize=8, loc="upper left", ncols=2)
 
     for row, m in enumerate((24, 20, 17, 15, 12)):
-        seen_again = min(max(N, round(2 * np.pi / OMEGA[m])), 2 * N)  # its first cycle ends, or training does
+        seen_again = min(max(N, round(wavelength[m])), 2 * N)  # its first cycle ends, or training does
         for start, end, style in ((0, N, "k-"), (N, seen_again, "k:"), (seen_again, 2 * N, "-")):
             n = np.arange(start, end + 1)
             right.plot(n, 2.5 * row + np.cos(OMEGA[m] * n), style, linewidth=1.6, **({"color": "gray"} if style == "-" else {}))
@@ -111,7 +110,7 @@ def truncation() -> None:
     axes[2].set(xscale="log", xlabel="frequency (floors, 2π/N)", ylabel="overlap with a constant", title="RoPE's 32 frequencies")
     axes[2].legend(fontsize=8)
     overlap = np.abs(dirichlet(OMEGA, N))
-    print(f"    overlap with a constant: kept at most {overlap[KEPT].max():.2f}, clipped at least {overlap[~KEPT].min():.2f}")
+    print(f"    overlap with a constant: kept at most {overlap[KEPT].max():.2f}, clipped at least {overlap[~KEPT].min(initial=1):.2f}")
     save(fig, "truncation")
 
 

@@ -61,9 +61,9 @@ def waves() -> None:
 
     for row, m in enumerate((24, 20, 17, 15, 12)):
         seen_again = min(max(N, round(wavelength[m])), 2 * N)  # its first cycle ends, or training does
-        for start, end, style in ((0, N, "k-"), (N, seen_again, "k:"), (seen_again, 2 * N, "-")):
+        for start, end, colour, line in ((0, N, "black", "-"), (N, seen_again, "black", ":"), (seen_again, 2 * N, "gray", "-")):
             n = np.arange(start, end + 1)
-            right.plot(n, 2.5 * row + np.cos(OMEGA[m] * n), style, linewidth=1.6, **({"color": "gray"} if style == "-" else {}))
+            right.plot(n, 2.5 * row + np.cos(OMEGA[m] * n), color=colour, linestyle=line, linewidth=1.6)
         right.annotate(f"pair {m}", (2 * N + 12, 2.5 * row - 0.2), annotation_clip=False, fontsize=9)
     right.axvline(N, color="gray", linewidth=1)
     right.set(yticks=[], ylim=(-1.5, 12), xlabel="distance n (tokens), trained up to N = 512; cos ωn", title="beyond N: grey angles ωn were seen, dotted were not", xlim=(0, 2 * N))
@@ -155,33 +155,31 @@ def distortion() -> None:
 # 4. The paper's Figure 3
 
 
-def factor(position: RoPE, T: int) -> np.ndarray:
-    """Re sum_m f(w_m, n) of a single head, (T,): the logit where every q_m conj(k_m) is 1, and the series stands on q alone."""
-    cos, _ = position.tables(T)
-    return cos.reshape(-1, *cos.shape[-2:])[0].sum(-1).numpy()
+def mixture(sigma: float, seed: int) -> np.ndarray:
+    """Re sum_m f(w_m, n) for two pairs, w = 1 and 0.1, (N,): the logit where every q_m conj(k_m) is 1, and the series stands on q alone.
 
-
-def toy(sigma: float, draw: int, leak: float = 0.3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """True mixture, FoPE and RoPE in the same two pairs (w = 1 and 0.1), (N,) each. Truth and FoPE are drawn apart."""
-
-    def fope(sigma, seed):
-        return factor(FoPE(1, 4, N, PositionOptions(theta=100.0, coef_init="normal", sigma=sigma), seed), N)
-
-    return fope(leak, 2 * draw + 1), fope(sigma, 2 * draw), fope(0.0, 0)
+    sigma 0 is RoPE; a larger one mixes the two waves by coefficients from N(0, sigma), drawn by seed.
+    """
+    cos, _ = FoPE(1, 4, N, PositionOptions(theta=100.0, coef_init="normal", sigma=sigma), seed).tables(N)
+    return cos[0].sum(-1).numpy()
 
 
 def blind_coefficients() -> None:
-    """The paper's Figure 3, with FoPE's coefficients drawn as in use, blind to the truth, and many times."""
+    """The paper's Figure 3, with FoPE's coefficients drawn blind to the true mixture (sigma 0.3), and many times."""
     sigmas, draws = np.arange(0, 0.61, 0.1), 200
-    errors = np.array([[np.sqrt(np.mean((fope - truth) ** 2)) for truth, fope, _ in (toy(sigma, draw) for draw in range(draws))] for sigma in sigmas])
+    truths = [mixture(0.3, 2 * draw + 1) for draw in range(draws)]
+    errors = np.array([[np.sqrt(np.mean((mixture(sigma, 2 * draw) - truth) ** 2)) for draw, truth in enumerate(truths)] for sigma in sigmas])
     print(f"blind_coefficients: rms error over n < N, {draws} draws, median (5 % to 95 %); FoPE closer than RoPE (σ 0) in")
     for sigma, found in zip(sigmas, errors):
         low, middle, high = np.percentile(found, [5, 50, 95])
         print(f"    σ {sigma:.1f}: {middle:.2f} ({low:.2f}-{high:.2f}); {(found < errors[0]).mean():.0%}")
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained", width_ratios=(1.6, 1))
     fig.suptitle("Compare with σ = 0, RoPE: the larger the coefficients drawn blind, the larger the error")
-    truth, fope, rope = toy(0.3, 0)
-    for values, style, name in ((truth, dict(color="lightgray", linewidth=6), "true mixture"), (rope, dict(color="black"), "RoPE"), (fope, dict(color="black", linestyle=":"), "FoPE, σ 0.3")):
+    for values, style, name in (
+        (truths[0], dict(color="lightgray", linewidth=6), "true mixture"),
+        (mixture(0.0, 0), dict(color="black"), "RoPE"),
+        (mixture(0.3, 0), dict(color="black", linestyle=":"), "FoPE, σ 0.3"),
+    ):
         left.plot(values[:64], label=name, **style)
     left.set(xlabel="distance n (tokens)", ylabel="logit, all H = 1", title="one draw", ylim=(-3, 4))
     left.legend(fontsize=8, loc="upper right", ncols=3)
@@ -204,20 +202,20 @@ def decay() -> None:
     """The paper's Figure 8: RoPE's "long-term decay" belongs to the mean of q and k, not to the rotation."""
     T, draws = 2048, 40_000
     generator, position, distances, means = torch.Generator().manual_seed(0), RoPE(1, HEAD_DIM, T), np.arange(0, T, 32), (0.0, 0.1, 1.0)
-    found, error = np.zeros((2, len(means), len(distances)))
+    found, errors = np.zeros((2, len(means), len(distances)))
     for i, n in enumerate(distances):
         noise = torch.randn(2, draws, 1, 1, HEAD_DIM, generator=generator)
         for j, (q, k) in enumerate(noise + mean for mean in means):  # the key stays at position 0, where nothing turns
             logits = (position(q, k, offset=int(n))[0] * k).sum(-1) / HEAD_DIM**0.5
-            found[j, i], error[j, i] = logits.mean(), logits.std() / draws**0.5
+            found[j, i], errors[j, i] = logits.mean(), logits.std() / draws**0.5
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
     fig.suptitle("Look at μ = 0: for independent q and k, the rotation alone brings no decay")
-    for axis, mean, middle, width in zip(axes, means, found, 2 * error):
+    for axis, mean, middle, error in zip(axes, means, found, errors):
         exact = mean_logit(mean, np.arange(T))
-        axis.fill_between(distances, middle - width, middle + width, color="gray", alpha=0.4, label=f"{draws} draws, ± 2 standard errors")
+        axis.fill_between(distances, middle - 2 * error, middle + 2 * error, color="gray", alpha=0.4, label=f"{draws} draws, ± 2 standard errors")
         axis.plot(exact, "k-", linewidth=1, label="exact")
         axis.set(title=f"μ = {mean:g}", xlabel="distance n (tokens)")
-        print(f"decay, μ {mean:g}: mean logit {exact[1]:.3f} at n = 1, {exact[1024:].mean():.3f} on average from 1024 to 2047; off by up to {np.abs((middle - exact[::32]) / width * 2).max():.1f} standard errors")
+        print(f"decay, μ {mean:g}: mean logit {exact[1]:.3f} at n = 1, {exact[1024:].mean():.3f} on average from 1024 to 2047; off by up to {np.abs((middle - exact[::32]) / error).max():.1f} standard errors")
     axes[0].set_ylabel("mean logit")
     axes[2].legend(fontsize=8)
     save(fig, "decay")

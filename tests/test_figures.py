@@ -43,8 +43,8 @@ def test_silu_makes_the_first_tones_and_even_mixtures_only():
     assert min(found[[110, 312, 202, 422, 101, 211]]) > 0.01  # w2 - w1, w2 + w1, 2 w1, 2 w2
 
 
-def test_toy_is_two_pairs_of_series():
-    truth, fope, rope = figures.toy(0.2, 3)
+def test_mixture_is_two_pairs_of_series():
+    truth, fope, rope = figures.mixture(0.3, 7), figures.mixture(0.2, 6), figures.mixture(0.0, 0)
     a = FoPE(1, 4, figures.N, PositionOptions(theta=100.0, coef_init="normal", sigma=0.2), 6).coef[0, 0].double()
     for n in (0, 1, 17, 511):
         waves = math.cos(n), math.cos(0.1 * n)

@@ -1,10 +1,10 @@
 """The lesson's figures: position embeddings in the frequency domain, from fope.py and numpy. Seconds on a CPU.
 
     python paper/figures.py                                      all of them, to paper/figures/
-    python paper/figures.py out/tiny/rope-s0 out/tiny/fope-s0    first measure |q| and |k| in these trained models
+    python paper/figures.py out/tiny-rope-s0 out/tiny-fope-s0    first measure |q| and |k| in these trained models
 
 One function draws one figure; what it says is printed too. README has the lines that go with each. Black, grey and
-line styles only: they are read on paper.
+line styles only, since they are read on paper; the results' own figure is eval_passkey.py's.
 """
 
 import json
@@ -104,12 +104,12 @@ def truncation() -> None:
     axes[0].legend(fontsize=8)
     at = np.geomspace(0.02, 80, 4000) * FLOOR
     axes[2].plot(at / FLOOR, np.abs(dirichlet(at, N)), color="gray", linewidth=1)
-    for mask, fill in ((KEPT, "full"), (~KEPT, "none")):
-        axes[2].plot(OMEGA[mask] / FLOOR, np.abs(dirichlet(OMEGA[mask], N)), "ko", markersize=4, fillstyle=fill, label="kept" if fill == "full" else "clipped")
+    overlap = np.abs(dirichlet(OMEGA, N))
+    for mask, fill, name in ((KEPT, "full", "kept"), (~KEPT, "none", "clipped")):
+        axes[2].plot(OMEGA[mask] / FLOOR, overlap[mask], "ko", markersize=4, fillstyle=fill, label=name)
     axes[2].axvline(1, color="gray", linestyle=":")
     axes[2].set(xscale="log", xlabel="frequency (floors, 2π/N)", ylabel="overlap with a constant", title="RoPE's 32 frequencies")
     axes[2].legend(fontsize=8)
-    overlap = np.abs(dirichlet(OMEGA, N))
     print(f"    overlap with a constant: kept at most {overlap[KEPT].max():.2f}, clipped at least {overlap[~KEPT].min(initial=1):.2f}")
     save(fig, "truncation")
 

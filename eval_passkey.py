@@ -206,10 +206,10 @@ def table(results: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def figure(results: list[dict], path: Path) -> bool:
+def figure(results: list[dict], path: Path, xlabel: str = "length in tokens: look beyond N, dotted", varied: dict | None = None) -> bool:
     """Accuracy and perplexity against length, a line a group, a band over its seeds, the training length marked.
 
-    False where matplotlib, which nothing else needs, is missing.
+    With `varied` {group: value}, against that, a line a length. False where matplotlib, which nothing else needs, is missing.
     """
     try:
         import matplotlib
@@ -219,29 +219,47 @@ def figure(results: list[dict], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    lines: dict[str, dict] = {}  # label: x: (accuracy, perplexity) of each seed
+    for name, runs in group(results).items():
+        for run in runs:
+            for length, right, ppl in zip(run["lengths"], run["passkey"], run["perplexity"]):
+                label, x = (f"length {length}", varied[name]) if varied else (f"{name} (n={len(runs)})", length)
+                lines.setdefault(label, {}).setdefault(x, []).append((right / run["trials"], ppl))
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     styles = list(zip("os^Dvx", ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))))
-    for i, (name, runs) in enumerate(group(results).items()):
-        marker, line = styles[i % len(styles)]
-        for axis, values in zip(axes, ([[r / run["trials"] for r in run["passkey"]] for run in runs], [run["perplexity"] for run in runs])):
-            lengths, values = runs[0]["lengths"], np.array(values)
-            axis.plot(lengths, values.mean(0), marker=marker, linestyle=line, label=f"{name} (n={len(runs)})")
-            axis.fill_between(lengths, values.min(0), values.max(0), alpha=0.2)
-    for axis, title in zip(axes, ("passkey accuracy: look beyond N, dotted", "validation perplexity: flat is good")):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(results[0]["lengths"], map(str, results[0]["lengths"]))
-        axis.set_xlabel("length in tokens")
-        axis.set_title(title)
-        for train_len in sorted({result["train_len"] for result in results}):
-            axis.axvline(train_len, color="gray", linewidth=1, linestyle=":")
+    for i, (label, points) in enumerate(lines.items()):
+        marker, style = styles[i % len(styles)]
+        for j, axis in enumerate(axes):
+            seeds = [[both[j] for both in found] for found in points.values()]
+            axis.plot(list(points), [np.mean(s) for s in seeds], marker=marker, linestyle=style, label=label)
+            axis.fill_between(list(points), [min(s) for s in seeds], [max(s) for s in seeds], alpha=0.2)
+    for axis, title in zip(axes, ("passkey accuracy", "validation perplexity")):
+        axis.set(xlabel=xlabel, title=title)
     axes[0].set_ylim(-0.03, 1.03)
-    axes[1].set_yscale("log")
-    axes[1].yaxis.set_major_formatter("{x:g}")
-    axes[1].yaxis.set_minor_formatter("{x:g}")
+    if not varied:
+        for axis in axes:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(results[0]["lengths"], map(str, results[0]["lengths"]))
+            for train_len in sorted({result["train_len"] for result in results}):
+                axis.axvline(train_len, color="gray", linewidth=1, linestyle=":")
+        axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_formatter("{x:g}")
+        axes[1].yaxis.set_minor_formatter("{x:g}")
     axes[1].legend(fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return True
+
+
+def numbers(flag: str, text: str, at_least: int) -> list[int]:
+    """What a flag like --lengths=512,1024 lists."""
+    try:
+        found = [int(x) for x in text.split(",")]
+    except ValueError:
+        found = []
+    if min(found, default=at_least - 1) < at_least:
+        fail(f"{flag} {text} is no list of numbers from {at_least} up, like 1,2")
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -267,12 +285,7 @@ def main(argv: list[str]) -> None:
         fail("--trials must be at least 1")
 
     results = []
-    try:
-        lengths = [int(x) for x in args.lengths.split(",")] if args.lengths else None
-        if lengths and min(lengths) < 1:
-            raise ValueError
-    except ValueError:
-        fail(f"--lengths {args.lengths} is no list of numbers like 512,1024")
+    lengths = numbers("--lengths", args.lengths, at_least=1) if args.lengths else None
     for path in args.checkpoints:
         if path.suffix == ".json":
             try:

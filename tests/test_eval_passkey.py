@@ -391,6 +391,20 @@ def test_figure_shows_means_ranges_and_the_training_length(monkeypatch, tmp_path
     plt.close("all")
 
 
+def test_figure_against_what_is_varied(monkeypatch, tmp_path):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    eval_passkey.figure(RESULTS, tmp_path / "eval.png", xlabel="size", varied={"small-rope": 1, "small-fope": 0.5})
+    expected = ({1: (0.5, 0), 0.5: (0.5, 0.1)}, {1: (7.25, 8), 0.5: (4, 3.5)})  # value: at 512, at 1024
+    for axis, at in zip(plt.gcf().axes, expected):
+        assert axis.get_xlabel() == "size" and [line.get_label() for line in axis.lines] == ["length 512", "length 1024"]
+        for i, line in enumerate(axis.lines):
+            assert dict(zip(line.get_xdata(), line.get_ydata())) == pytest.approx({value: both[i] for value, both in at.items()})
+    monkeypatch.undo()
+    plt.close("all")
+
+
 def test_without_matplotlib_there_is_a_table_and_no_word_of_a_figure_written(monkeypatch, tmp_path, capsys):
     for i, result in enumerate(RESULTS):
         (tmp_path / f"{i}.json").write_text(json.dumps(result))

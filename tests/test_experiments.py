@@ -21,14 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def lines_of(experiment, scale):
-    return [experiments.commands(run, scale, 3, 7, 4) for run in experiments.runs_of(experiment, scale)]
+    """The lines of each run: its start's training (of continuations only), its own training, its evaluation."""
+    return [[line for _, line in experiments.commands(run, scale, 3, 7, 4)] for run in experiments.runs_of(experiment, scale)]
 
 
 @pytest.mark.parametrize("scale", experiments.SCALES)
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS)
 def test_commands_are_valid_and_differ(experiment, scale):
     configs = []
-    for train_line, eval_line in lines_of(experiment, scale):
+    for *start, train_line, eval_line in lines_of(experiment, scale):
+        assert len(start) == (experiment == "fig4")
         words = shlex.split(train_line)
         cfg = train.parse_flags(words[words.index("train.py") + 1 :])
         configs.append({k: v for k, v in vars(cfg).items() if k != "out"})
@@ -46,15 +48,16 @@ def test_commands_are_valid_and_differ(experiment, scale):
 
 def test_continuation_is_a_tenth_at_twice_the_length():
     for scale, steps in (("tiny", 3000), ("tiny5k", 5000), ("60M", 19_073)):
-        for line, _ in lines_of("fig4", scale):
-            cfg = train.parse_flags(shlex.split(line)[shlex.split(line).index("train.py") + 1 :])
+        for start, line, _ in lines_of("fig4", scale):
+            started, cfg = (train.parse_flags(shlex.split(x)[shlex.split(x).index("train.py") + 1 :]) for x in (start, line))
             base = train.parse_flags([f"--model={cfg.model}"])
             assert (cfg.steps, cfg.warmup, cfg.lr, cfg.train_len) == (steps // 10, steps // 200, base.lr / 2, 2 * base.train_len)
-            assert cfg.init_from == f"out/{scale}/{Path(cfg.out).name.split('-then-')[0]}-s3"
+            assert cfg.init_from == started.out == f"out/{scale}/{Path(cfg.out).name.split('-then-')[0]}-s3"
+            assert (started.steps, started.train_len, started.init_from) == (steps, base.train_len, "")
 
 
 def test_doubled():
-    cfg = {run: train.parse_flags(shlex.split(experiments.commands(run, "60M", 0, 1, 1)[0])[4:]) for run in experiments.RUNS}
+    cfg = {run: train.parse_flags(shlex.split(experiments.commands(run, "60M", 0, 1, 1)[-2][1])[4:]) for run in experiments.RUNS}
     assert cfg["fope-double-head-dim"].head_dim == 128 and cfg["fope-double-head-dim"].n_head == 8
     more = cfg["fope-double-heads-layers"]
     assert (more.head_dim, more.n_head, more.n_layer) == (64, 16, 16)
@@ -64,7 +67,7 @@ SMALL = "--model=tiny --n_layer=1 --n_embd=32 --n_hidden=32 --batch_tokens=1024 
 SMALL += "--compile=off --device=cpu --eval_tokens=1024"
 
 
-def call(folder, *argv, interrupt_at=None):
+def call(folder, *argv, stop=None, at=None):
     """The driver in a process of its own, with a model that is small and fast, writing into `folder`."""
     code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
@@ -76,11 +79,11 @@ experiments.RUNS["rope-then-yarn"] = "--pos=rope --scaling=ntk"
 experiments.RUNS["fope"] = "--pos=rope --scaling=ntk"
 experiments.main({list(argv)!r})"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    if interrupt_at:  # as Ctrl-C does: the signal goes to all processes, and a run ends well, half done
-        deadline = time.monotonic() + 100
-        while not (interrupt_at.exists() and interrupt_at.read_text().count("\n") > 5) and time.monotonic() < deadline:
+    if stop:  # `at` five more lines of this log
+        deadline, before = time.monotonic() + 100, at.read_text().count("\n") if at.exists() else 0
+        while not (at.exists() and at.read_text().count("\n") > before + 5) and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
+        stop(process.pid)
     stdout, stderr = process.communicate(timeout=200)
     return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
 
@@ -92,17 +95,26 @@ def test_one_is_stopped_finished_and_not_run_again(tmp_path):
     prepare.write(tmp_path / "data/builtin", prepare.byte_tokenizer(), text, text[:2000], {"source": "a fox"})
 
     log = tmp_path / "out/tiny/rope-s0/log.jsonl"
-    stopped = call(tmp_path, "fig4", "--runs=rope-then-yarn", "--trials=2", interrupt_at=log)
-    assert stopped.returncode == 2 and "stopped: the same command goes on" in stopped.stderr
-    assert json.loads(log.read_text().splitlines()[-1])["step"] < 200
-    assert not (tmp_path / "paper").exists()
+    def ctrl_c(pid):  # goes to all processes
+        os.killpg(pid, signal.SIGINT)
+
+    def kill(pid):  # goes to the driver alone
+        os.kill(pid, signal.SIGTERM)
+
+    steps = [0]
+    for stop in (ctrl_c, kill):  # the run ends well, half done
+        stopped = call(tmp_path, "fig4", "--runs=rope-then-yarn", "--trials=2", stop=stop, at=log)
+        assert stopped.returncode == 2 and "stopped: the same command goes on" in stopped.stderr
+        steps.append(json.loads(log.read_text().splitlines()[-1])["step"])
+        assert steps[-2] < steps[-1] < 200 and f"saved at step {steps[-1]}" in (tmp_path / "out/tiny/rope-s0.log").read_text()
+        assert not (tmp_path / "paper").exists()
 
     failed = call(tmp_path, "fig4", "--runs=rope-then-yarn", "--trials=2")  # a run with a bad flag
     assert failed.returncode == 1
     assert "rope-then-yarn-s0 is not finished (status 2): see" in failed.stderr
     assert "ntk" in (tmp_path / "out/tiny/rope-then-yarn-s0.log").read_text()
-    start = tmp_path / "out/tiny/rope-s0"  # its start is trained and evaluated
-    assert json.loads((tmp_path / "paper/results/tiny/rope-s0.json").read_text())["step"] == 200
+    start = tmp_path / "out/tiny/rope-s0"  # its start is trained
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 200
     before = (start / "ckpt.pt").stat().st_mtime_ns
 
     failed = call(tmp_path, "fig4", "--runs=fope-then-fope", "--trials=2")  # a start with a bad flag: nothing is built on it
@@ -145,7 +157,7 @@ def test_dry_run_prints_what_is_done_too_and_writes_nothing(tmp_path, monkeypatc
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     experiments.main(["fig4", "--scale=tiny5k", "--dry_run"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 6 and " --pos=rope --seed=0 " in lines[0] and " --pos=fope --seed=0 " in lines[2]
+    assert len(lines) == 2 * 4 + 2 and " --pos=rope --seed=0 " in lines[0] and " --pos=fope --seed=0 " in lines[5]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["rope-s0.json"]
 
 

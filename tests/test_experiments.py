@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,18 @@ def test_figure_of_what_is_varied(tmp_path, monkeypatch, capsys):
     experiments.report("table2", "tiny")  # losses: the logarithm of 2.98
     assert json.loads(source.read_text())["perplexity"][0] == pytest.approx(2.98, abs=0.005)
     assert "| rope-a: loss | 1 | 1.09 |" in (folder / "table2.md").read_text()
+
+
+def test_committed_tables_follow_from_committed_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments.eval_passkey, "figure", lambda *_, **__: None)
+    shutil.copytree(ROOT / "paper/results", tmp_path / "paper/results", ignore=shutil.ignore_patterns("*.md", "*.png"))
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    kept = [path for scale in experiments.SCALES for path in (ROOT / f"paper/results/{scale}").glob("*.md")]
+    for path in kept:
+        experiments.report(path.stem, path.parent.name)
+        assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text()
+    shown = ROOT / "paper/results/tiny5k/fig1.md"
+    assert shown in kept and shown.read_text() in (ROOT / "README.md").read_text()
 
 
 def test_dry_run_prints_what_is_done_too_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -279,7 +279,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     args = parser.parse_args(argv)
-    args.stem = "eval" + (f"-on-{Path(args.data).resolve().name}" if args.data else "") + ("-behind-text" if args.behind_text else "")
+    args.stem = "eval" + (f"-on-{Path(args.data).absolute().name}" if args.data else "") + ("-behind-text" if args.behind_text else "")
     args.stem += f"-{args.scaling}{args.scale:g}" if args.scaling != "none" else ""
     if args.trials < 1:
         fail("--trials must be at least 1")

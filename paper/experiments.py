@@ -75,8 +75,7 @@ def runs_of(experiment: str, scale: str) -> list[str]:
 def commands(run: str, scale: str, seed: int, trials: int, gpus: int) -> list[tuple[str, str]]:
     """(NAME, line): what makes out/SCALE/NAME/eval.json (eval-on-c4.json, where books are trained on), NAME = RUN-sSEED.
 
-    Before a continuation comes the line that trains what it continues, which does nothing where that is done.
-    """
+    Before a continuation comes the line that trains what it continues, which ends at once where that is done."""
     preset = vars(parse_flags(SCALES[scale].split()))
     python = "python" if scale in MINIATURES else f"torchrun --standalone --nproc_per_node={max(gpus, 1)}"
     books, start = run.startswith("books-"), run.split("-then-")[0]
@@ -87,14 +86,12 @@ def commands(run: str, scale: str, seed: int, trials: int, gpus: int) -> list[tu
         return f"{run}-s{seed}", line
 
     evaluation = f"python eval_passkey.py out/{scale}/{run}-s{seed} --lengths={LENGTHS} --trials={trials}{' --data=data/c4' * books}"
-    first = [] if start == run else [training(start, "")]
-    more = " --data=data/gutenberg" if books else f" --init_from=out/{scale}/{start}-s{seed}" if first else ""
-    return [*first, training(run, more), (f"{run}-s{seed}", evaluation)]
+    more = f" --init_from=out/{scale}/{start}-s{seed}" if start != run else " --data=data/gutenberg" * books
+    return [*[training(start, "")] * (start != run), training(run, more), (f"{run}-s{seed}", evaluation)]
 
 
 async def carry_out(lines: list[tuple[str, str]], kept: Path, scale: str, own: str) -> bool:
     """The lines of one run, with `own` in their environment and their output in out/SCALE/NAME.log. True if all went well."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # this python, and the torchrun beside it
     for name, line in lines:
         out = ROOT / f"out/{scale}/{name}"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,11 +101,12 @@ async def carry_out(lines: list[tuple[str, str]], kept: Path, scale: str, own: s
             except BlockingIOError:
                 print(f"{name} is being run already", file=sys.stderr, flush=True)
                 return False
-            print(own + line, flush=True)
-            process = await asyncio.create_subprocess_shell(f"exec env {own}{line}", cwd=ROOT, env=os.environ | {"PATH": path}, stdout=log, stderr=log)
+            print(f"{own} {line}".strip(), flush=True)
+            program = [sys.executable, *["-m", "torch.distributed.run"] * line.startswith("torchrun"), *line.split()[1:]]
+            process = await asyncio.create_subprocess_exec("env", *own.split(), *program, cwd=ROOT, stdout=log, stderr=log)
             try:
                 status = await process.wait()
-            except asyncio.CancelledError:  # Ctrl-C here: the command saves and ends
+            except asyncio.CancelledError:  # the driver was stopped: the command saves and ends
                 if process.returncode is None:
                     process.terminate()
                 await process.wait()
@@ -135,8 +133,8 @@ def report(experiment: str, scale: str) -> None:
     losses = [r | {"perplexity": np.log(r["perplexity"]).tolist()} for r in found]  # as the paper's Table 2 has them
     text = eval_passkey.table(losses).replace(": perplexity", ": loss") if experiment == "table2" else eval_passkey.table(found)
     (folder / f"{experiment}.md").write_text(text + "\n")
-    eval_passkey.figure(found, folder / f"{experiment}.png", **VARIED.get(experiment, {}))
-    print(f"\n{text}\n\nwritten: {folder}/{experiment}.md, {folder}/{experiment}.png")
+    drawn = eval_passkey.figure(found, folder / f"{experiment}.png", **VARIED.get(experiment, {}))
+    print(f"\n{text}\n\nwritten: {folder}/{experiment}.md" + f", {folder}/{experiment}.png" * drawn)
 
 
 def main(argv: list[str]) -> None:
@@ -163,35 +161,38 @@ def main(argv: list[str]) -> None:
         fail("--trials must be at least 1")
 
     gpus, chains = torch.cuda.device_count(), {}
-    for seed in dict.fromkeys(seeds):
-        for run in dict.fromkeys(runs):
-            kept = ROOT / f"paper/results/{args.scale}/{run}-s{seed}.json"
-            if args.dry_run or not kept.exists():
-                # What continues one start is a chain: one after another, since the first of them may have to train the start.
-                chains.setdefault((run.split("-then-")[0], seed), []).append((commands(run, args.scale, seed, trials, gpus), kept))
+    for seed, run in dict.fromkeys((seed, run) for seed in seeds for run in runs):
+        kept = ROOT / f"paper/results/{args.scale}/{run}-s{seed}.json"
+        if args.dry_run or not kept.exists():
+            # What continues one start is a chain: one after another, since the first of them may have to train the start.
+            chains.setdefault((run.split("-then-")[0], seed), []).append((commands(run, args.scale, seed, trials, gpus), kept))
     if args.dry_run:
         print("\n".join(dict.fromkeys(line for chain in chains.values() for lines, _ in chain for _, line in lines)))
         return
     if chains and miniature and not (ROOT / "data/builtin").exists():  # once, not in every run at the same time
         builtin(ROOT / "data/builtin")
-    cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
-    slots = [f"CUDA_VISIBLE_DEVICES={card} " for card in cards] or ["OMP_NUM_THREADS=1 "] * torch.get_num_threads()
-
+    slots = [""]  # all GPUs together, or Apple's one
+    if miniature and not torch.backends.mps.is_available():
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).replace(" ", "").split(",")[:gpus]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        slots = [f"CUDA_VISIBLE_DEVICES={card}" for card in cards] or ["OMP_NUM_THREADS=1"] * cores
     left = iter(chains.values())  # every slot takes the next one as soon as it is free
 
     async def work(own: str) -> list[bool]:
         return [await carry_out(*job, args.scale, own) for chain in left for job in chain]
 
-    async def spread() -> list[list[bool]]:
-        return await asyncio.gather(*map(work, slots if miniature else [""]))
+    async def spread() -> bool:
+        """Whether all went well. Not by gather(): stopped, that would wait for one of the slots only."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+        done, _ = await asyncio.wait([asyncio.create_task(work(own)) for own in slots])
+        return all(all(task.result()) for task in done)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         well = asyncio.run(spread())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         fail("stopped: the same command goes on")
     report(args.experiment, args.scale)
-    sys.exit(not all(map(all, well)))
+    sys.exit(not well)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ experiments.ROOT, experiments.LENGTHS = Path({str(folder)!r}), "512,1024"
 experiments.SCALES["tiny"] = {SMALL!r}
 experiments.RUNS["rope-then-fope"] = "--pos=fope --train_len=1024 --steps=2"
 experiments.RUNS["rope-then-yarn"] = "--pos=rope --scaling=ntk"
+experiments.RUNS["nope"] = "--pos=nope --n_embd=256 --n_hidden=2048 --batch_tokens=8192"
 experiments.RUNS["fope"] = "--pos=rope --scaling=ntk"
 experiments.main({list(argv)!r})"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -89,12 +90,15 @@ experiments.main({list(argv)!r})"""
     return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
 
 
-def test_one_is_stopped_finished_and_not_run_again(tmp_path):
+def folder_with_a_corpus(folder):
     for name in ("train.py", "eval_passkey.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 100, dtype=np.uint8).astype(np.uint16)
-    prepare.write(tmp_path / "data/builtin", prepare.byte_tokenizer(), text, text[:2000], {"source": "a fox"})
+        (folder / name).symlink_to(ROOT / name)
+    text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, dtype=np.uint8).astype(np.uint16)
+    prepare.write(folder / "data/builtin", prepare.byte_tokenizer(), text, text[:2000], {"source": "a fox"})
 
+
+def test_one_is_stopped_finished_and_not_run_again(tmp_path):
+    folder_with_a_corpus(tmp_path)
     log = tmp_path / "out/tiny/rope-s0/log.jsonl"
     def ctrl_c(pid):  # goes to all processes
         os.killpg(pid, signal.SIGINT)
@@ -134,6 +138,15 @@ def test_one_is_stopped_finished_and_not_run_again(tmp_path):
     assert again.returncode == 0 and "train.py" not in again.stdout and "rope-then-fope: passkey" in again.stdout
 
 
+def test_a_stop_waits_for_every_run(tmp_path):
+    """Two at a time where there are two cores: the slower one must have saved as well when the driver ends."""
+    folder_with_a_corpus(tmp_path)
+    slow = tmp_path / "out/tiny/nope-s0"
+    stopped = call(tmp_path, "fig1", "--runs=rope,nope", "--trials=2", stop=lambda pid: os.killpg(pid, signal.SIGINT), at=slow / "log.jsonl")
+    assert stopped.returncode == 2 and "stopped: the same command goes on" in stopped.stderr
+    assert "stopped and saved at step" in (tmp_path / "out/tiny/nope-s0.log").read_text() and (slow / "ckpt.pt").exists()
+
+
 def test_figure_of_what_is_varied(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     folder = tmp_path / "paper/results/tiny"
@@ -152,7 +165,7 @@ def test_figure_of_what_is_varied(tmp_path, monkeypatch, capsys):
 
 
 def test_committed_tables_follow_from_committed_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments.eval_passkey, "figure", lambda *_, **__: None)
+    monkeypatch.setattr(experiments.eval_passkey, "figure", lambda *_, **__: False)
     shutil.copytree(ROOT / "paper/results", tmp_path / "paper/results", ignore=shutil.ignore_patterns("*.md", "*.png"))
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     kept = [path for scale in experiments.SCALES for path in (ROOT / f"paper/results/{scale}").glob("*.md")]

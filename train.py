@@ -216,13 +216,15 @@ def initial_weights(model: GPT, path: str) -> str:
     expected = {name: x.shape for name, x in own.items() if ".position." not in name}
     if {name: x.shape for name, x in weights.items()} != expected or checkpoint["config"]["n_head"] != model.cfg.n_head:
         raise ValueError(f"{path} is a checkpoint of another shape: use the preset and the vocabulary that it was trained with")
-    kept = {}
-    for name, x in saved.items():
-        if ".position." in name and name in own:
-            # At another N, FoPE keeps more frequencies or fewer. As in the release, the coefficients of those that both have
-            # stay (both lists begin with the highest kept one), and the others are as drawn.
-            kept[name], corner = own[name].clone(), tuple(slice(min(a, b)) for a, b in zip(own[name].shape, x.shape))
-            kept[name][corner] = x[corner]
+    kept = {name: x for name, x in saved.items() if ".position." in name and name in own}
+    for name, x in kept.items():
+        if x.shape != own[name].shape:
+            # FoPE's coefficients, whose last two dimensions are D and M: at another N it keeps more frequencies or fewer. As in the
+            # release, those that both have keep theirs (both lists begin with the highest kept one); the others are as drawn, also
+            # those that n_freqs adds, since they lie elsewhere above another floor.
+            M = min(x.shape[-1], own[name].shape[-1])
+            kept[name] = own[name].clone()
+            kept[name][..., :M, :M] = x[..., :M, :M]
     model.load_state_dict(own | weights | kept)
     drawn = any(name not in saved or saved[name].shape != x.shape for name, x in own.items() if ".position." in name)
     return f"weights from {path}" + (", position coefficients that it lacks drawn afresh" if drawn else "")

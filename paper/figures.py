@@ -250,7 +250,7 @@ def measure_qk(folders: list[str]) -> None:
 def undertrained() -> None:
     """The paper's Figure 7 (there: Llama-2-7B), in our own tiny models, RoPE and FoPE."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained", sharey=True)
-    fig.suptitle("Look at the peaks: RoPE's stand just below the floor, FoPE's just above")
+    fig.suptitle("Look at |k|: RoPE's highest peak stands just below the floor, FoPE's just above")
     for axis, (pos, run) in zip(axes, json.loads(QK_MEANS.read_text()).items()):
         for half in (0, HEAD_DIM // 2):  # pair m is dimensions m and m + head_dim / 2
             axis.axvspan(half + KEPT.sum() - 0.5, half + HEAD_DIM // 2 - 0.5, color="gray", alpha=0.25)

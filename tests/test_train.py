@@ -725,6 +725,24 @@ def test_fope_keeps_its_coefficients_unless_n_changes(monkeypatch, capsys, data,
         assert torch.equal(longer[name][..., d:, :], fresh[name][..., d:, :]) and torch.equal(longer[name][..., m:], fresh[name][..., m:])
 
 
+def test_only_kept_frequencies_keep_their_coefficients(monkeypatch, data, tmp_path):
+    """With n_freqs, a series also has frequencies between the floor and pi: at another N those are others."""
+    run_here(monkeypatch, flags(data, tmp_path / "short", "--n_freqs=12", "--steps=1"))
+    argv = flags(data, tmp_path / "longer", f"--init_from={tmp_path}/short", "--n_freqs=12", "--train_len=64", "--lr=0", "--steps=1", "--seed=3")
+    run_here(monkeypatch, argv)
+    cfg = train.parse_flags(argv)
+    cfg.vocab_size = 320
+    fresh, source, longer = GPT(cfg).state_dict(), *(checkpoint(tmp_path / name)["model"] for name in ("short", "longer"))
+    coefficients = [name for name in source if ".position." in name]
+    assert coefficients
+    for name in coefficients:
+        M = source[name].shape[-1]
+        assert longer[name].shape[-1] > M and longer[name].shape[-2] == source[name].shape[-2] == 12
+        expected = fresh[name].clone()
+        expected[..., :M, :M] = source[name][..., :M, :M]
+        assert torch.equal(longer[name], expected) and not torch.equal(longer[name], fresh[name])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line on stderr, status 2, nothing written
 

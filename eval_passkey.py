@@ -225,7 +225,7 @@ def figure(results: list[dict], path: Path, xlabel: str = "length in tokens: loo
             for length, right, ppl in zip(run["lengths"], run["passkey"], run["perplexity"]):
                 label, x = (f"length {length}", varied[name]) if varied else (f"{name} (n={len(runs)})", length)
                 lines.setdefault(label, {}).setdefault(x, []).append((right / run["trials"], ppl))
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.4), layout="constrained")
     styles = list(zip("os^Dvx", ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))))
     for i, (label, points) in enumerate(lines.items()):
         marker, style = styles[i % len(styles)]
@@ -245,7 +245,7 @@ def figure(results: list[dict], path: Path, xlabel: str = "length in tokens: loo
         axes[1].set_yscale("log")
         axes[1].yaxis.set_major_formatter("{x:g}")
         axes[1].yaxis.set_minor_formatter("{x:g}")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return True

@@ -462,14 +462,15 @@ def test_device_and_arithmetic(dtype):
 def test_memory_of_large_tensors_is_kept():
     """In a process of its own: a 256 MB tensor like one before costs no page faults. Without find_device: 65 537, every time.
 
-    The median of nine: now and then something small takes the beginning of the free piece, and the next tensor needs a new one.
+    The last eight of sixteen: something small may take the beginning of the free piece, and the next tensor needs a new one. Up
+    to five do, by where the process happens to lie in memory (28 processes: none, four or five); then all find room.
     """
-    code = """import resource, statistics, torch; from model import find_device; find_device("cpu")
+    code = """import resource, torch; from model import find_device; find_device("cpu")
 faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
-for _ in range(10):
+for _ in range(16):
     torch.ones(2**26)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(int(statistics.median(b - a for a, b in zip(faults[1:], faults[2:]))))"""
+print(max(b - a for a, b in zip(faults[8:], faults[9:])))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert int(done.stdout) < 100
 

@@ -1,7 +1,7 @@
 """The paper's pre-training experiments, each by one command, at its scale or in miniature with the same code.
 
     python paper/experiments.py fig1                               in miniature: every CPU core or GPU takes a run at a time
-    python paper/experiments.py fig1 --scale=60M                   as the paper: torchrun on all GPUs, a run at a time
+    python paper/experiments.py fig1 --scale=1.2B                  as the paper: torchrun on all GPUs, a run at a time
 
 A run is a command of train.py and one of eval_passkey.py; both are printed, and do the same when typed. What is done is not
 done again, what was stopped goes on: kill this, or let it run on several machines with different --seeds. Results are

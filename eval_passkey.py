@@ -20,7 +20,6 @@ training is given too (Figure 6a), where that is at hand.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -34,6 +33,7 @@ import torch
 
 from data import prepare
 from data.prepare import fail
+from baselines import scaled
 from fope import RoPE
 from model import find_device, load_model
 
@@ -95,7 +95,7 @@ def perplexity(model, tokens: np.ndarray, length: int, batch_tokens: int, autoca
     for i in range(0, len(inputs), rows):
         x, y = inputs[i : i + rows].to(device), targets[i : i + rows].to(device)
         with autocast():
-            total += model(x, y)[1].item() * len(x)
+            total += model(x, y).item() * len(x)
         progress((i + len(x)) / len(inputs))
     return math.exp(total / len(inputs))
 
@@ -123,11 +123,12 @@ def evaluate(path: Path, args, lengths: list[int] | None) -> dict:
         if args.scaling != "none":
             if model.cfg.scaling != "none":
                 raise ValueError(f"{path} was trained with --scaling={model.cfg.scaling}: its waves are stretched already")
-            options = dataclasses.replace(model.cfg, scaling=args.scaling, scale=args.scale, original_len=model.cfg.train_len)
             for block in model.blocks:
-                if not isinstance(block.attention.position, RoPE):
+                position = block.attention.position
+                if not isinstance(position, RoPE):
                     raise ValueError(f"--scaling changes frequencies, and {model.cfg.pos} has none: it works on rope and fope")
-                block.attention.position.stretch(options)
+                N, d, theta = model.cfg.train_len, model.cfg.head_dim, model.cfg.theta
+                position.omega = scaled(position.omega, args.scaling, args.scale, N, head_dim=d, theta=theta)
     except ValueError as error:
         fail(str(error))
     model.to(device)

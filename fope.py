@@ -1,362 +1,291 @@
-"""Position embeddings in the frequency domain: FoPE, and what it is compared with. Written to be read from top to bottom.
+"""Fourier Position Embedding (FoPE), and the embeddings it builds on or competes with: RoPE, ALiBi, NoPE.
 
-    1. RoPE       turns each pair of dimensions by a wave of its own, and why that breaks beyond the training length
-    2. FoPE       drops the waves too slow to learn, and makes of every other one a Fourier series
-    3. the rest   ALiBi, NoPE; waves stretched for longer text; the biases KERPLE and FIRE, which are learned
+Read this file from top to bottom: each equation stands directly above the code that computes it.
+To use it in a model of your own, copy the file and apply one module per layer to the queries and keys:
 
-Attention compares a query at position i with a key at position j. Without help it cannot see i - j. A position
-embedding here is a module: forward(q, k, offset) takes q and k of shape (B, n_head, T, head_dim) that stand at positions
-offset .. offset+T-1, and returns them positioned. Attention stays one fused call for all of them,
-scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_dim ** -0.5): no T x T tensor is built. Only KERPLE
-and FIRE, which learn what to add to the logit at each distance, need one, in training.
+    position = FoPE(n_head=32, n_kv_head=8, head_dim=128, train_len=4096, sigma=0.3, seed=layer)
+    q, k = position(q, k)                       # q (B, n_head, T, head_dim), k (B, n_kv_head, T, head_dim)
+    q, k = position(q, k, positions=past)       # the T tokens that follow a cache of `past` tokens
+    q, k = position(q, k, positions=positions)  # any positions: integer tensor (T,) or (B, T)
 
-d is head_dim, N the training length, n a position or a distance in tokens. Equations (a) to (d) are numbered by us; "Eq. 13"
-is the FoPE paper's number. "The release" is the code that its authors published.
+Notation: d is head_dim. N is the training length in tokens. n is a position or a distance in tokens.
+Numbers (1) to (4) are ours. "Eq. 13" is an equation of the FoPE paper (Hua et al., ICML 2025, arXiv 2412.17739).
+"The release" is the code that its authors published.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-# The options, to be skipped at a first reading: each is explained where it is used.
-
-
-@dataclass
-class PositionOptions:
-    """What can be changed. RoPE reads the frequencies' options alone."""
-
-    # The frequencies, of RoPE and FoPE
-    theta: float = 10_000.0  # their base
-    whole_cycles: bool = False  # RoPE-A: each moved to the nearest whole number of cycles in N; under half a cycle: 0
-    scaling: str = "none"  # stretch the waves for longer text: "linear" (position interpolation) or "yarn"
-    scale: float = 16.0  # how many times longer
-    original_len: int = 512  # YaRN: the training length before that
-    # FoPE
-    fourier_series: bool = True  # FS: False leaves every kept pair its own wave only
-    clip_floor: bool = True  # CF: False keeps the frequencies below the floor
-    sigma: float = 0.3  # size of the a_w; what it means is coef_init's to say
-    n_freqs: int = 0  # D, the frequencies in a series; 0: the kept ones and no others
-    coef_init: str = "xavier"  # "xavier": the authors' code, gain sigma; "normal": the paper's text, standard deviation sigma
-    zero_phase: bool = True  # clipped pairs: True is Eq. 13 (cos 1, sin 0); False the authors' code (cos 1, sin 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. RoPE (Su et al., arXiv 2104.09864)
+# ----------------------------------------------------------------------------------------------------------------------
+# RoPE (Su et al., arXiv 2104.09864)
 #
-# Pair m of every query and key gets a frequency. From one radian a token down to nearly 1 / theta, evenly in log w:
+# Attention compares a query with a key through their dot product. By itself, this product does not depend on how far
+# apart the two tokens are. RoPE groups the d dimensions into pairs. Pair m gets a frequency between 1 and 1 / theta:
 #
-#     w_m = theta^(-2m/d),   m = 0 .. d/2-1                                                                  (a)
+#     w_m = theta^(-2m/d),   m = 0 .. d/2-1                                                                     (1)
 
 
 def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> torch.Tensor:
-    """(a): the head_dim/2 frequencies in radians a token, highest first, float64."""
-    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    """Equation (1): the d/2 frequencies in radians per token, highest first. float64 on the CPU."""
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} must be an even number: RoPE rotates pairs of dimensions")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta {theta} must be a positive number")
+    return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
 
 
-# At position n the pair is turned by the angle w_m n. As a complex number z = x_m + i x_{m+d/2}, by a factor:
+# At position n, RoPE rotates pair m by the angle w_m n. With the pair (a, b) read as the complex number z = a + ib:
 #
-#     z  ->  z exp(i w_m n),   that is   (x_m cos w_m n - x_{m+d/2} sin w_m n,  x_{m+d/2} cos w_m n + x_m sin w_m n)   (b)
+#     z  ->  z exp(i w_m n),   that is,   (a, b)  ->  (a cos w_m n - b sin w_m n,  b cos w_m n + a sin w_m n)       (2)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """(b) on x (B, n_head, T, head_dim) with float32 tables of shape (T, M) or (n_head, T, M).
+    """Equation (2) for x (..., T, d), with cos and sin (..., T, M). Returns x's dtype; computes in that of cos.
 
-    Pair m is (m, m + head_dim/2), the half-split layout of the release, Llama and vLLM. Pairs from M on are under
-    the floor and pass through untouched. Computed in float32, returned in x's dtype.
+    Pair m is the dimensions (m, m + d/2), as in Llama and in the release. Pairs from M on are returned unchanged.
     """
     M = cos.shape[-1]
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (..., T, d/2) each
     a, b = first[..., :M], second[..., :M]
     return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
 
 
-# A query turned at n' meets a key turned at n'': exp(i w_m n') conj(exp(i w_m n'')) = exp(i w_m (n' - n'')). The logit is a
-# function of the distance n = n' - n'' alone,
+# Rotate the query at position s and the key at position t. In the dot product, exp(i w_m s) meets the conjugate of
+# exp(i w_m t), and only the distance n = s - t remains. The result is a sum of sinusoids, an inverse Fourier transform:
 #
-#     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                (c)
-#
-# an inverse Fourier transform at frequencies that are not evenly spaced. Each wave is periodic, and could go on for ever.
+#     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                       (3)
 
 
 class RoPE(nn.Module):
-    """(b) for every pair, from cos and sin tables that grow when a longer sequence comes.
+    """Rotates every pair of q and k by equation (2).
 
-    Angles are computed in float64 (in float32 the angle of position 8191 is off by up to 5e-4) on the CPU (not
-    every accelerator has float64), and kept as float32 tables.
+    omega (d/2,) replaces the frequencies of (1). baselines.py has functions that make other frequencies.
+
+    cos and sin come from tables. The tables are float32 (float64 for float64 inputs) whatever dtype the module is cast
+    to. They are made at first use and grow with the text. Compiled code never changes them, so call reserve(T) before
+    torch.compile. Otherwise compiled code recomputes cos and sin in every call, and refuses tensor positions.
     """
 
-    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
+    def __init__(self, *, head_dim: int, theta: float = 10_000.0, omega: torch.Tensor | None = None):
         super().__init__()
-        self.omega, self.head_dim = frequencies(head_dim, train_len, options), head_dim  # (a), unless the options change it
-        self.build(train_len)
+        self.head_dim, self.n_kv_head = head_dim, None  # RoPE does the same for any number of heads
+        self.omega = rope_frequencies(head_dim, theta) if omega is None else omega.double().cpu()
+        if self.omega.shape != (head_dim // 2,):
+            raise ValueError(
+                f"omega has shape {tuple(self.omega.shape)}: head_dim {head_dim} takes {head_dim // 2} values"
+            )
+        self.tables = {}  # (device, dtype): cos and sin. A plain dict, so that casts, DDP and state_dict ignore it
 
-    def tables(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for positions 0 .. T-1, float64, (T, M)."""
-        angle = torch.outer(torch.arange(T, dtype=torch.float64), self.omega)
+    def cos_sin(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cos and sin of (2) at positions n (T,), float64, (1, T, M) each."""
+        angle = n.double()[None, :, None] * self.omega  # a float32 angle would be off by up to 5e-4 at position 8191
         return angle.cos(), angle.sin()
 
-    @torch.inference_mode(False)  # a table first grown in inference mode must still serve training
+    def forward(self, q, k, positions=None):
+        """Returns q (B, n_head, T, d) and k (B, n_kv_head, T, d), rotated. positions: see the top of this file."""
+        d, heads = self.head_dim, self.n_kv_head or k.shape[1]
+        if (q.shape[-1], k.shape[-1], k.shape[1]) != (d, d, heads):
+            raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit head_dim {d} and n_kv_head {heads}")
+        cos, sin = self.lookup(q, positions)
+        q = q.unflatten(1, (k.shape[1], -1))  # (B, n_kv_head, group, T, d): each query head beside its key head
+        return rotate(q, cos.unsqueeze(-3), sin.unsqueeze(-3)).flatten(1, 2), rotate(k, cos, sin)
+
+    # The rest of this class looks after the tables. Skip it at a first reading.
+
+    @torch.inference_mode(False)  # a table made in inference mode must also serve training
     @torch.no_grad()
-    def build(self, T: int, device: torch.device | None = None) -> None:
-        """Make the tables for positions 0 .. T-1. Not saved: they follow from omega and the coefficients."""
-        for name, table in zip(("cos", "sin"), self.tables(T)):
-            self.register_buffer(name, table.float().to(device), persistent=False)
+    def reserve(self, T: int, device="cpu", dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Makes the tables for positions 0 .. T-1 on the device, (1, T, M) or (n_kv_head, T, M) each."""
+        cos, sin = (x.to(device, dtype) for x in self.cos_sin(torch.arange(T, device="cpu")))
+        self.tables[cos.device, dtype] = cos, sin
+        return cos, sin
 
-    def stretch(self, options: PositionOptions) -> None:
-        """At test time, without training: other frequencies for the same pairs, with the same coefficients."""
-        self.omega = stretched(self.omega, self.head_dim, options)
-        self.build(self.cos.shape[-2], self.cos.device)
+    def lookup(self, x: torch.Tensor, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for x (B, heads, T, d): (1 or n_kv_head, T, M), with a batch dimension in front for (B, T)."""
+        dtype, compiled = torch.promote_types(x.dtype, torch.float32), torch.compiler.is_compiling()
+        cos, sin = self.tables.get((x.device, dtype), (None, None))
+        length = 0 if cos is None else cos.shape[1]
 
-    def forward(self, q, k, offset: int = 0):
-        end = offset + q.shape[-2]
-        if end > self.cos.shape[-2]:
-            self.build(max(end, 2 * self.cos.shape[-2]), self.cos.device)
-        assert self.cos.dtype == torch.float32, "the tables were cast: use autocast, not model.to(bfloat16)"
-        cos, sin = self.cos[..., offset:end, :], self.sin[..., offset:end, :]
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        if isinstance(positions, torch.Tensor):
+            if compiled and not length:
+                raise ValueError("compiled code with tensor positions needs the tables: call reserve(T) before it")
+            if not compiled:  # compiled code cannot look at the values
+                low, high = (int(end) for end in positions.aminmax())
+                if low < 0:
+                    raise ValueError(f"position {low} is negative: padding can take position 0")
+                if high >= length:
+                    cos, sin = self.reserve(max(high + 1, 2 * length), x.device, dtype)
+            cos, sin = cos[:, positions], sin[:, positions]  # (heads, T, M) or (heads, B, T, M)
+            return (cos, sin) if positions.dim() == 1 else (cos.transpose(0, 1), sin.transpose(0, 1))
+
+        start, end = positions or 0, (positions or 0) + x.shape[-2]
+        if start < 0:
+            raise ValueError(f"position {start} is negative")
+        if end > length and compiled:
+            return tuple(t.to(x.device, dtype) for t in self.cos_sin(torch.arange(start, end, device="cpu")))
+        if end > length:
+            cos, sin = self.reserve(max(end, 2 * length), x.device, dtype)
+        return cos[:, start:end], sin[:, start:end]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. FoPE (Hua et al., arXiv 2412.17739)
+# ----------------------------------------------------------------------------------------------------------------------
+# FoPE (Hua et al., arXiv 2412.17739)
 #
-# Why does RoPE break beyond N? Two things spoil its spectrum:
+# Sinusoids repeat forever, so (3) should extrapolate to any length. Still, RoPE models break soon after the training
+# length N, for two reasons:
 #
-#   - Truncation. Training shows N tokens. A wave slower than the floor
+#   1. Truncation. A component completes a cycle within N tokens only if its frequency is at least the floor
 #
-#         w_l = 2 pi / N                                                                                     (d)
+#         w_floor = 2 pi / N                                                                                        (4)
 #
-#     finishes no cycle in them, and the distances beyond N bring angles that training never showed. With N = 512, pair 8
-#     (w = 0.1) has made 8 turns by N; pair 24 (w = 0.001) turns by 0.5 rad in training, and by 1.0 at 2N.
-#   - Leakage and distortion. The waves enter the hidden states through the attention weights; the next layer's matrices
-#     mix them, its activations make sums and differences of their frequencies, and the next q and k carry all of them.
-#     Yet RoPE turns a pair as if it held one.
+#      With N = 512 and d = 64, half of the pairs lie below the floor. Pair 8 (w = 0.1) completes 8 cycles in training.
+#      Pair 24 (w = 0.001) rotates by only half a radian. At 2N it reaches angles that the model has never seen.
+#   2. Spectral leakage and distortion. Each layer's matrices mix the components, and its activation functions create
+#      sums and differences of their frequencies. So every pair of the next layer's q and k carries many frequencies,
+#      while RoPE treats it as if it held one.
 #
-# FoPE answers with what it multiplies a pair by at position n:
+# FoPE replaces the factor exp(i w_m n) of (2). It answers the first reason by clipping, the second by a Fourier series:
 #
-#     f(w_m, n) = 1                                   if w_m < w_l   CF: clipped to frequency zero, not turned at all
-#     f(w_m, n) = cos w_m n + sum_w a_w cos w n                      FS: its own wave, plus a little of the others.
-#            + i (sin w_m n + sum_w b_w sin w n)      otherwise      a_w, b_w are drawn once and fixed         (Eq. 13)
+#     f(w_m, n) = 1                                   if w_m < w_floor: the pair is clipped to frequency zero
+#     f(w_m, n) = cos w_m n + sum_w a_w cos w n                                                                (Eq. 13)
+#            + i (sin w_m n + sum_w b_w sin w n)      otherwise: the pair is kept, and gets a series
 #
-# (The paper writes one a_w for both and draws cosine's and sine's apart.) A clipped pair means the same at every distance,
-# and a kept wave has shown all of its angles within N: no single pair meets anything new beyond N, only their combination
-# is new. The series puts a little of every kept frequency into every pair, so that the network is trained on mixtures; why
-# random ones should help is the paper's argument, and not shown here.
+# A clipped pair means the same at every distance. A kept pair has shown all of its angles within N. So no single pair
+# meets an unseen angle beyond N. (Clipping alone is known as p-RoPE, where p, the share of kept pairs, is chosen by
+# hand: Barbero et al., arXiv 2410.06205.) The series adds a little of every other frequency to each kept pair, so that
+# the model learns to work with mixtures. The coefficients a_w and b_w are random, drawn once, and never trained.
 
 
 class FoPE(RoPE):
-    """Eq. 13. The coefficients never change, so each series is summed once, into tables of shape (n_head, T, M):
-    from there on FoPE *is* RoPE with other tables, and costs what RoPE costs.
+    """Multiplies q and k by the factor of Eq. 13. FoPE is RoPE with other tables, so it costs what RoPE costs.
 
-    M pairs are kept: those with w_m >= 2 pi / N. N is the training length, also where the test is longer.
-    A series has D frequencies: the M kept ones, and D - M more, evenly spaced in log w between the floor and pi.
-    The coefficients are drawn per layer (by seed), per head, and for cos and sin apart. They come from a generator
-    of their own, so that all other weights start as RoPE's do, and are saved with the model.
-
-    The own wave of a query's pair also meets the other waves in its key's series: a_w exp(i w_m n') exp(-i w n'') is no
-    function of n' - n''. So the logit is not exactly a function of distance, in proportion to sigma. The paper does
-    not say so.
-
-    Raises ValueError: 0 < n_freqs < M, or n_freqs without a series; an unknown coef_init; a negative sigma; N so
-    short that every pair is clipped (N < 7).
+    The logit is not exactly a function of distance. It also contains products such as a_w exp(i w_m s) exp(-i w t),
+    whose two frequencies differ. They grow in proportion to sigma. The paper does not mention this.
     """
 
-    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
-        nn.Module.__init__(self)
-        floor = 2 * math.pi / train_len  # (d)
-        self.head_dim, omega = head_dim, frequencies(head_dim, train_len, options)
-        kept = omega[omega >= floor] if options.clip_floor else omega  # the others are Eq. 13's first case
-        M, D = len(kept), options.n_freqs or len(kept)
-        self.check(options, train_len, M, D)
-        # The paper: "others anywhere in [0, pi]". Midpoints of D - M equal steps of log w.
-        step = (torch.arange(D - M, dtype=torch.float64) + 0.5) / max(D - M, 1)
-        self.omega = torch.cat([kept, floor * (math.pi / floor) ** step])
-        # The release clips by zeroing the angle *after* cos and sin, so cos = sin = 1: a turn by 45 degrees and a
-        # stretch by sqrt(2), which makes these pairs count twice in the logit. Eq. 13 is "leave it alone".
-        self.n_ones = 0 if options.zero_phase else head_dim // 2 - M
-
-        # The paper's text says N(0, sigma). The release says xavier_normal_(gain=sigma) on an (n_head, D, M) tensor,
-        # whose fans torch counts as D M and n_head M: about a fourteenth of sigma at 60M.
-        std = {"normal": options.sigma, "xavier": options.sigma * math.sqrt(2 / (D * M + n_head * M))}
-        generator = torch.Generator().manual_seed(seed)
-        coef = torch.randn(2, n_head, D, M, generator=generator) * std[options.coef_init]
-        self.register_buffer("coef", coef if options.fourier_series else None)  # [0] for cos, [1] for sin
-        self.build(train_len)
-
-    @staticmethod
-    def check(options: PositionOptions, train_len: int, M: int, D: int) -> None:
-        """Raises ValueError for what cannot be built."""
+    def __init__(
+        self,
+        *,
+        n_head: int,  # query heads
+        head_dim: int,  # d
+        train_len: int,  # N of (4). It stays the same at test time, also for longer text
+        seed: int,  # of the coefficients. Give every layer its own
+        n_kv_head: int
+        | None = None,  # key heads, by default n_head. Query heads of one key head share its coefficients
+        theta: float = 10_000.0,  # of (1)
+        omega: torch.Tensor | None = None,  # (d/2,) frequencies in place of (1)
+        sigma: float = 0.3,  # size of the coefficients
+        fourier_series: bool = True,  # False: kept pairs get no series
+        clip_floor: bool = True,  # False: pairs below the floor are kept too. Without both, FoPE is RoPE
+        n_freqs: int = 0,  # D, the frequencies in a series. 0: the M kept ones
+        coef_init: str = "xavier",  # or "normal"
+        zero_phase: bool = True,  # False: clipped pairs as in the release
+    ):
+        super().__init__(head_dim=head_dim, theta=theta, omega=omega)
+        H = n_kv_head or n_head
+        if train_len < 1 or n_head % H:
+            raise ValueError(f"train_len {train_len} must be at least 1, and n_kv_head {H} must divide n_head {n_head}")
+        floor = 2 * math.pi / train_len  # (4)
+        kept = self.omega[self.omega >= floor] if clip_floor else self.omega
+        M, D = len(kept), n_freqs or len(kept)
         if M == 0:
-            raise ValueError(f"train_len {train_len} is so short (or scale so large) that the floor 2 pi / {train_len} clips every frequency")
-        if options.n_freqs and not options.fourier_series:
-            raise ValueError("n_freqs is the length of the Fourier series: leave it 0 where fourier_series is false")
-        if D < M:
-            raise ValueError(f"n_freqs {D} is fewer than the {M} frequencies kept at train_len {train_len}: use 0 or >= {M}")
-        if not 0 <= options.sigma < math.inf:
-            raise ValueError(f"sigma {options.sigma} must be a number from 0 up")
-        if options.coef_init not in ("normal", "xavier"):
-            raise ValueError(f"coef_init {options.coef_init!r} is unknown: use normal or xavier")
+            raise ValueError(f"train_len {train_len} is too short: the floor 2 pi / {train_len} clips every frequency")
+        if D < M or (n_freqs and not fourier_series):
+            raise ValueError(
+                f"n_freqs {n_freqs} must be 0, or at least the {M} kept frequencies and used with a series"
+            )
 
-    def tables(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The M series at positions 0 .. T-1, float64, (n_head, T, M); without FS (T, M)."""
-        cos, sin = super().tables(T)  # (T, D): the waves
+        # "normal" is the paper's text: N(0, sigma). "xavier" is the release: xavier_normal_(gain=sigma) on a tensor
+        # (H, D, M). torch counts its fans as D M and H M. At 60M, the result is a fourteenth of sigma.
+        std = {"normal": sigma, "xavier": sigma * math.sqrt(2 / (D * M + H * M))}
+        if coef_init not in std or not 0 <= sigma < math.inf:
+            raise ValueError(
+                f"coef_init must be xavier or normal, not {coef_init!r}; sigma must be 0 or more, not {sigma}"
+            )
+        # A generator of its own: all other weights of a model start as they do with RoPE.
+        generator = torch.Generator().manual_seed(seed)
+        coef = torch.randn(2, H, D, M, generator=generator, dtype=torch.float32, device="cpu") * std[coef_init]
+        self.register_buffer("coef", coef if fourier_series else None)  # a_w = coef[0], b_w = coef[1]
+
+        self.n_kv_head = H if fourier_series else None
+        # A series longer than M takes D - M more frequencies, evenly spaced in log w between the floor and pi.
+        step = (torch.arange(D - M, dtype=torch.float64, device="cpu") + 0.5) / max(D - M, 1)
+        self.omega = torch.cat([kept, floor * (math.pi / floor) ** step])  # (D,)
+        # Eq. 13 leaves clipped pairs alone: cos 1, sin 0. The release has cos 1, sin 1. This rotates them by 45 degrees
+        # and scales them by sqrt(2), so that they count twice in the logit.
+        self.n_ones = 0 if zero_phase else head_dim // 2 - M
+
+    def cos_sin(self, n):
+        """Real and imaginary part of Eq. 13 at positions n (T,), (n_kv_head, T, M) each; (1, T, M) without series."""
+        cos, sin = super().cos_sin(n)  # (1, T, D): one column per frequency
         if self.coef is not None:
-            weight = self.coef.double().cpu()
-            weight = weight + torch.eye(*weight.shape[-2:], dtype=torch.float64)  # own wave: column m has a 1 at w_m
-            cos, sin = cos @ weight[0], sin @ weight[1]  # Eq. 13's second case: (T, D) @ (n_head, D, M)
+            own = torch.eye(*self.coef.shape[-2:], dtype=torch.float64, device="cpu")  # the pair's own frequency, w_m
+            a, b = self.coef.double().cpu() + own  # (n_kv_head, D, M) each
+            cos, sin = cos[0] @ a, sin[0] @ b  # (T, D) @ (n_kv_head, D, M): the sums of Eq. 13
         if self.n_ones:
             cos, sin = (torch.cat([x, x.new_ones(*x.shape[:-1], self.n_ones)], dim=-1) for x in (cos, sin))
         return cos, sin
 
+    def _apply(self, fn, recurse=True):
+        """Lets .to(device) move the coefficients. Casts and to_empty() do not change them."""
+        device = fn(torch.empty(0, device="cpu")).device
+        if self.coef is not None and device.type != "meta":
+            self.coef = self.coef.to(device)
+        return self
+
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.build(self.cos.shape[-2], self.cos.device)  # the tables follow the coefficients just loaded
+        self.tables.clear()  # they belong to the coefficients that were there before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. What it is compared with
+# ----------------------------------------------------------------------------------------------------------------------
+# ALiBi (Press et al., arXiv 2108.12409) does not rotate. It lowers each logit in proportion to the distance:
+#
+#     logit(i, j) - slope_h (i - j),   slope_h = 2^(-8h/n_head),   h = 1 .. n_head
 
 
 class ALiBi(nn.Module):
-    """Press et al., arXiv 2108.12409: logit - slope_h (i - j), slope_h = 2^(-8h/n_head), h = 1 .. n_head.
+    """Appends eight channels to q and k whose product is the bias, so that attention needs no T x T mask.
 
-    No mask is needed. softmax over j does not change by slope * i, the same for all j; what is left, slope * j, is
-    a product: channels on q that hold slope / scale against channels on k that hold j. bfloat16 has 8 bits, so j
-    is split into 128 * (j // 128) and j % 128, both exact up to 32 768, and the slope into a rounded value and its
-    remainder: 2 x 2 channels. Padded to 8, which fused kernels on a GPU ask for. The caller pads v alike and cuts
-    the output (GPT does), since those kernels also ask that q, k and v have one size.
+    softmax over j ignores the term slope i, which is the same for all j. The rest, slope j, is the product of a channel
+    of q that holds slope and a channel of k that holds j. bfloat16 represents integers exactly only up to 256. So three
+    channels hold the digits of j to base 128, and slope is split into a rounded value and its remainder. This takes six
+    channels and is exact for j < 2^21. Two channels of zeros follow, as fused kernels want a multiple of eight.
+
+    Call attention with scale=head_dim ** -0.5, pad v by eight channels too, and drop them from the result.
     """
 
-    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
+    def __init__(self, *, n_head: int, head_dim: int):
         super().__init__()
-        p = 2 ** int(math.log2(n_head))  # where n_head is no power of two: the paper's own code fills in
+        p = 2 ** int(math.log2(n_head))  # where n_head is not a power of two, the authors' code adds slopes of 2p heads
         slopes = [2 ** (-8 * h / p) for h in range(1, p + 1)] + [2 ** (-4 * h / p) for h in range(1, 2 * p, 2)]
-        slopes = torch.tensor(slopes[:n_head], dtype=torch.float64) * head_dim**0.5  # attention multiplies by scale
-        self.register_buffer("slopes", slopes.float(), persistent=False)
+        self.slopes = [slope * head_dim**0.5 for slope in slopes[:n_head]]  # attention multiplies by head_dim ** -0.5
 
-    def forward(self, q, k, offset: int = 0):
-        B, _, T, _ = q.shape
-        j = torch.arange(offset, offset + T, device=k.device)
-        coarse, fine, zero = j // 128 * 128, j % 128, torch.zeros_like(j)
-        on_k = torch.stack([coarse, fine, coarse, fine, zero, zero, zero, zero], dim=-1).to(k.dtype)  # (T, 8)
-        assert self.slopes.dtype == torch.float32, "the slopes were cast: use autocast, not model.to(bfloat16)"
-        high = self.slopes.to(q.dtype)
-        low = (self.slopes - high.float()).to(q.dtype)
+    def forward(self, q, k, positions=None):
+        """q (B, n_head, T, d) and k (B, n_kv_head, T, d) with d + 8 channels. positions as in RoPE.forward."""
+        if q.shape[1] != len(self.slopes):
+            raise ValueError(f"q has {q.shape[1]} heads: this module was made for n_head {len(self.slopes)}")
+        T, j = k.shape[-2], positions
+        if not isinstance(j, torch.Tensor):
+            j = torch.arange(T, device=k.device) + (positions or 0)
+        digits = (j // 16_384 * 128, j // 128 % 128 * 128, j % 128)  # j = 128 digits[0] + digits[1] + digits[2]
+        zero = torch.zeros_like(j)
+        on_k = torch.stack([*digits, *digits, zero, zero], dim=-1).to(k.dtype)  # (T, 8) or (B, T, 8)
+        on_k = on_k.view(-1, 1, T, 8).expand(*k.shape[:-1], 8)
+
+        slope = torch.tensor(self.slopes, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        high = slope.to(q.dtype)
+        low = (slope - high).to(q.dtype)
         zero = torch.zeros_like(high)
-        on_q = torch.stack([high, high, low, low, zero, zero, zero, zero], dim=-1)[:, None]  # (n_head, 1, 8)
-        return torch.cat([q, on_q.expand(B, -1, T, -1)], dim=-1), torch.cat([k, on_k.expand(B, len(high), -1, -1)], dim=-1)
+        on_q = torch.stack([128 * high, high, high, 128 * low, low, low, zero, zero], dim=-1)  # (n_head, 8)
+        on_q = on_q[:, None].expand(*q.shape[:-1], 8)
+        return torch.cat([q, on_q], dim=-1), torch.cat([k, on_k], dim=-1)
 
 
 class NoPE(nn.Module):
-    """No position embedding: a causal model can still count (Kazemnejad et al., arXiv 2305.19466)."""
+    """No position embedding. A causal model can still count (Kazemnejad et al., arXiv 2305.19466)."""
 
-    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
-        super().__init__()
-
-    def forward(self, q, k, offset: int = 0):
+    def forward(self, q, k, positions=None):
         return q, k
-
-
-# Frequencies changed on purpose
-
-
-def frequencies(head_dim: int, train_len: int, options: PositionOptions) -> torch.Tensor:
-    """(a) with the options for it: what RoPE and FoPE start from. Raises ValueError."""
-    if head_dim % 2:
-        raise ValueError(f"head_dim {head_dim} is odd: a rotation needs pairs of dimensions")
-    omega = rope_frequencies(head_dim, options.theta)
-    if options.whole_cycles:  # a wave under half a cycle in N becomes no wave: the paper does not say, nearest is 0
-        cycle = 2 * math.pi / train_len
-        omega = (omega / cycle).round() * cycle
-    return stretched(omega, head_dim, options)
-
-
-def stretched(omega: torch.Tensor, head_dim: int, options: PositionOptions) -> torch.Tensor:
-    """Frequencies omega made fit for a text `scale` times as long as training's. Raises ValueError for an unknown scaling.
-
-    linear (Chen et al., arXiv 2306.15595): w / scale, so that no position reaches an angle beyond training's.
-    yarn (Peng et al., arXiv 2309.00071): w / scale only where the wave does not finish a cycle in original_len, w where it
-    finishes 32 or more, and between the two a mixture, linear in the index m. Constants and ramp are those of the
-    authors' code, which FoPE's release took over, without their factor on the logit.
-    """
-    if options.scaling == "none":
-        return omega
-    if not options.scale > 0 or options.original_len < 1:
-        raise ValueError(f"scale {options.scale} must be above 0, original_len {options.original_len} at least 1")
-    if options.scaling == "linear":
-        return omega / options.scale
-    if options.scaling != "yarn":
-        raise ValueError(f"scaling {options.scaling!r} is unknown: use none, linear or yarn")
-    if options.whole_cycles or options.theta <= 1:
-        raise ValueError("yarn needs frequencies that fall with m: use it without whole_cycles, and with theta above 1")
-
-    def index(w):  # m of (a)
-        return -head_dim / 2 * math.log(w) / math.log(options.theta)
-
-    fast, slow = (2 * math.pi * cycles / options.original_len for cycles in (32, 1))
-    low, high = max(math.floor(index(fast)), 0), min(math.ceil(index(slow)), head_dim - 1)
-    m = torch.tensor([index(w) for w in omega.tolist()], dtype=torch.float64)
-    slowed = ((m - low) / max(high - low, 0.001)).clamp(0, 1)
-    return omega / options.scale * slowed + omega * (1 - slowed)
-
-
-# Biases that are learned
-
-
-class LearnedBias(NoPE):
-    """What is added to the logit at each pair of positions is learned: bias(i, j), broadcast over i (Tq, 1) and j (Tk,).
-
-    The caller adds it and masks the future (GPT does, some queries at a time). Parameters are drawn per layer, by seed.
-    """
-
-    def bias(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """(n_head, Tq, Tk) float32."""
-        raise NotImplementedError
-
-
-class KERPLE(LearnedBias):
-    """Chi et al., arXiv 2205.09921, logarithmic: bias = -r1 log(1 + r2 |i - j|), r1, r2 > 0 per head.
-
-    They start uniform in (0, 2) and (0, 1), and are kept from 0.01 up, as in the authors' code.
-    """
-
-    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
-        nn.Module.__init__(self)
-        start = torch.rand(2, n_head, 1, 1, generator=torch.Generator().manual_seed(seed))
-        self.r1, self.r2 = nn.Parameter(2 * start[0]), nn.Parameter(start[1])
-
-    def bias(self, i, j):
-        # At the bound the gradient must go on, or a parameter that reached it would never leave.
-        r1, r2 = (r + (r.clamp(min=0.01) - r).detach() for r in (self.r1, self.r2))
-        return -r1 * torch.log1p(r2 * (i - j).abs())
-
-
-class FIRE(LearnedBias):
-    """Li et al., arXiv 2310.04418: bias = f(psi(i - j) / psi(max(i, L))), psi(x) = log(1 + c x).
-
-    f is an MLP from one number to n_head, with 32 hidden units and ReLU; c starts at 0.1, L at 512 times a learned 1. So
-    distance is measured in parts of the query's own position, which never leaves [0, 1] however long the text.
-    """
-
-    def __init__(self, n_head: int, head_dim: int, train_len: int, options=PositionOptions(), seed: int = 0):
-        nn.Module.__init__(self)
-        generator = torch.Generator().manual_seed(seed)
-
-        def uniform(bound, *shape):  # as nn.Linear starts: 1 / sqrt(inputs)
-            return nn.Parameter((2 * torch.rand(shape, generator=generator) - 1) * bound)
-
-        self.w1, self.b1 = uniform(1, 32), uniform(1, 32)
-        self.w2, self.b2 = uniform(32**-0.5, n_head, 32), uniform(32**-0.5, n_head)
-        self.c, self.L = nn.Parameter(torch.tensor(0.1)), nn.Parameter(torch.tensor(1.0))
-
-    def bias(self, i, j):
-        def psi(x):
-            return torch.log1p((self.c * x).abs())
-
-        share = psi((i - j).clamp(min=0)) / (psi(torch.maximum(i, (512 * self.L).abs())) + 1e-6)
-        with torch.autocast(share.device.type, enabled=False):  # bfloat16 would tell only 256 distances apart
-            return ((share[..., None] * self.w1 + self.b1).relu() @ self.w2.T + self.b2).movedim(-1, 0)
-
-
-POSITIONS = {"fope": FoPE, "rope": RoPE, "alibi": ALiBi, "kerple": KERPLE, "fire": FIRE, "nope": NoPE}

@@ -1,10 +1,11 @@
-"""The GPT of the paper (Table 3): pre-norm RMSNorm, SwiGLU, no biases, no dropout, untied output.
+"""The GPT of the paper (Table 3): pre-norm RMSNorm, SwiGLU, no biases, no dropout.
 
-    x = x + Attention(RMSNorm(x))        attention with the position embedding of fope.py on q and k
+    x = x + Attention(RMSNorm(x))        attention, with a position embedding on q and k
     x = x + MLP(RMSNorm(x))              MLP(x) = W_down (silu(W_gate x) * W_up x)
+
+Shapes: B sequences, T tokens, C = n_embd channels, H = n_head query heads, K = n_kv_head key heads, d = head_dim.
 """
 
-import argparse
 import ctypes
 import functools
 import math
@@ -17,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fope import POSITIONS, LearnedBias, PositionOptions
+from baselines import FIRE, KERPLE, LearnedBias, scaled, whole_cycles
+from fope import ALiBi, FoPE, NoPE, RoPE, rope_frequencies
 
-PRESETS = {  # the paper's names: its counts hold one of the two embedding matrices
-    # init_std 0.02 is 0.45 / sqrt(width) at 60M. At width 128 it leaves attention so flat that retrieval starts late.
+PRESETS = {  # the paper's names count one embedding matrix
+    # The paper's init_std 0.02 is 0.45 / sqrt(n_embd) at 60M. At width 128 it is too small: retrieval starts late.
     "tiny": dict(n_layer=3, n_head=2, n_embd=128, n_hidden=512, init_std=0.06),
     "60M": dict(n_layer=8, n_head=8, n_embd=512, n_hidden=2048, sigma=0.3),
     "180M": dict(n_layer=8, n_head=8, n_embd=1024, n_hidden=4096, sigma=0.4),
@@ -29,62 +31,117 @@ PRESETS = {  # the paper's names: its counts hold one of the two embedding matri
 
 
 @dataclass
-class GPTConfig(PositionOptions):
-    """A model's shape, and, inherited, the options of its position embedding."""
+class GPTConfig:
+    """A model's shape and its position embedding."""
 
-    pos: str = "fope"  # position embedding: fope, rope, alibi, kerple, fire or nope
-    qk_norm: bool = False  # q and k to mean 0 and variance 1 per head, before they are positioned
     n_layer: int = 3  # blocks
-    n_head: int = 2  # attention heads
+    n_head: int = 2  # query heads
+    n_kv_head: int = 0  # key-value heads; 0: as many as query heads
     n_embd: int = 128  # width
     n_hidden: int = 512  # width inside the MLP
     vocab_size: int = 50_304  # tokens, padded to a multiple of 64
-    init_std: float = 0.02  # of every matrix at the start
-    train_len: int = 512  # N, the training length in tokens; FoPE's floor is 2 pi / N
-    seed: int = 0  # of weights, coefficients and data order
+    tied: bool = False  # use the embedding matrix as the output matrix
+    norm_eps: float = 1e-6  # epsilon of RMSNorm
+    init_std: float = 0.02  # standard deviation of every matrix at the start
+    train_len: int = 512  # N, the training length in tokens
+    seed: int = 0  # seed of weights, coefficients and data order
+
+    pos: str = "fope"  # position embedding: fope, rope, alibi, kerple, fire or nope
+    theta: float = 10_000.0  # base of RoPE's and FoPE's frequencies
+    sigma: float = 0.3  # size of FoPE's random coefficients
+    coef_init: str = "xavier"  # what sigma is: xavier (the release's gain) or normal (the standard deviation)
+    n_freqs: int = 0  # D, frequencies in FoPE's series; 0: the kept ones
+    fourier_series: bool = True  # FoPE's series (FS in the paper)
+    clip_floor: bool = True  # FoPE's clipping (CF in the paper)
+    zero_phase: bool = True  # clipped pairs: true is Eq. 13 (cos 1, sin 0), false is the release (cos 1, sin 1)
+    whole_cycles: bool = False  # RoPE-A: move each frequency to a whole number of cycles in N
+    scaling: str = (
+        "none"  # scale the frequencies for longer text: none, linear (position interpolation), yarn or llama3
+    )
+    scale: float = 16.0  # how many times longer the text is
+    original_len: int = 512  # the training length before scaling, for yarn and llama3
+    qk_norm: bool = False  # normalize q and k to mean 0 and variance 1 per head
 
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
 
+def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
+    """The position embedding of one layer. A new one takes two lines here. Raises ValueError."""
+    d = cfg.head_dim
+    seed = cfg.seed * cfg.n_layer + layer + 1  # differs from layer to layer, and from the seed of the weights
+    if cfg.pos == "nope":
+        return NoPE()
+    if cfg.pos == "alibi":
+        return ALiBi(n_head=cfg.n_head, head_dim=d)
+    if cfg.pos == "kerple":
+        return KERPLE(n_head=cfg.n_head, seed=seed)
+    if cfg.pos == "fire":
+        return FIRE(n_head=cfg.n_head, seed=seed)
+    omega = rope_frequencies(d, cfg.theta)
+    if cfg.whole_cycles:
+        omega = whole_cycles(omega, cfg.train_len)
+    omega = scaled(omega, cfg.scaling, cfg.scale, cfg.original_len, head_dim=d, theta=cfg.theta)
+    if cfg.pos == "rope":
+        return RoPE(head_dim=d, omega=omega)
+    if cfg.pos == "fope":
+        names = ("train_len", "sigma", "coef_init", "n_freqs", "fourier_series", "clip_floor", "zero_phase")
+        options = {name: getattr(cfg, name) for name in names}
+        heads = dict(n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or cfg.n_head)
+        return FoPE(**heads, head_dim=d, omega=omega, seed=seed, **options)
+    raise ValueError(f"pos {cfg.pos!r} is unknown: use fope, rope, alibi, kerple, fire or nope")
+
+
 class Attention(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int):
         super().__init__()
-        self.n_head, self.head_dim, self.qk_norm = cfg.n_head, cfg.head_dim, cfg.qk_norm
-        self.qkv = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
+        self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.qkv = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * cfg.head_dim, bias=False)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
-        seed = cfg.seed * cfg.n_layer + layer + 1  # every layer has a draw of its own, and none shares the weights' seed
-        self.position = POSITIONS[cfg.pos](cfg.n_head, cfg.head_dim, cfg.train_len, cfg, seed)
+        self.position = position_embedding(cfg, layer)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, positions=None, pads=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, d)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if self.qk_norm:
-            q, k = (F.layer_norm(x, [self.head_dim]).to(v.dtype) for x in (q, k))  # on a GPU, autocast norms in float32
-        past = cache[0].shape[-2] if cache else 0
-        assert past == 0 or T == 1, "with a cache, tokens come one by one"
-        q, k = self.position(q, k, offset=past)
+            # On a GPU, autocast makes layer_norm return float32.
+            q, k = (F.layer_norm(x, [self.head_dim]).to(v.dtype) for x in (q, k))
+        q, k = self.position(q, k, positions)  # ALiBi appends channels
+        if cache:
+            k, v = torch.cat([cache[0], k], dim=-2), torch.cat([cache[1], v], dim=-2)  # (B, K, past + T, d)
         if cache is not None:
-            if past:
-                k, v = torch.cat([cache[0], k], dim=-2), torch.cat([cache[1], v], dim=-2)
             cache[:] = k, v
-        if isinstance(self.position, LearnedBias):
-            y = torch.cat([self.biased(q, k, v, past, start) for start in range(0, T, 256)], dim=-2)
-        else:
-            if q.shape[-1] > v.shape[-1]:  # ALiBi's channels: q, k and v must have one size
-                v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-            # The causal mask of this call is aligned to the upper left: a single query against a cache must see all of it.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=past == 0, scale=self.head_dim**-0.5)
+        if q.shape[-1] > v.shape[-1]:  # fused kernels want q, k and v of one size
+            v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+
+        past = k.shape[-2] - T
+        options = dict(scale=self.head_dim**-0.5, enable_gqa=self.n_head != self.n_kv_head)
+        if pads is not None or (past and T > 1) or isinstance(self.position, LearnedBias):
+            y = self.masked(q, k, v, past, pads, options)
+        else:  # a single query sees all keys of a cache; is_causal would let it see the first key only
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, **options)
         return self.out(y[..., : self.head_dim].transpose(1, 2).reshape(B, T, C))
 
-    def biased(self, q, k, v, past, start):
-        """256 queries from `start` on, with the bias of KERPLE or FIRE: without gradients, a T x T tensor exists in such pieces alone."""
-        q = q[..., start : start + 256, :]
-        i = torch.arange(past + start, past + start + q.shape[-2], device=q.device)[:, None]
-        j = torch.arange(past + start + q.shape[-2], device=q.device)
-        bias = self.position.bias(i, j).masked_fill(j > i, -math.inf).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k[..., : len(j), :], v[..., : len(j), :], attn_mask=bias, scale=self.head_dim**-0.5)
+    def masked(self, q, k, v, past, pads, options):
+        """Attention where the fused causal call does not fit: left padding, later chunks of a cache, learned biases.
+
+        It takes 256 queries at a time. So evaluation never holds a mask for all of them.
+        """
+        pieces, first = [], 0 if pads is None else pads.view(-1, 1, 1)
+        for start in range(past, k.shape[-2], 256):
+            piece = q[..., start - past : start - past + 256, :]
+            end = start + piece.shape[-2]
+            i = torch.arange(start, end, device=q.device)[:, None]  # (Tq, 1)
+            j = torch.arange(end, device=q.device)  # (Tk,)
+            visible = (j <= i) & ((j >= first) | (j == i))  # pads see themselves: a row without any key would be NaN
+            mask = visible.unsqueeze(-3)  # (1, Tq, Tk) or (B, 1, Tq, Tk)
+            if isinstance(self.position, LearnedBias):
+                mask = self.position.bias(i - first, j - first).masked_fill(~mask, -math.inf).to(q.dtype)
+            pieces.append(F.scaled_dot_product_attention(piece, k[..., :end, :], v[..., :end, :], mask, **options))
+        return torch.cat(pieces, dim=-2)
 
 
 class MLP(nn.Module):
@@ -94,78 +151,122 @@ class MLP(nn.Module):
         self.down = nn.Linear(cfg.n_hidden, cfg.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, n_hidden) each
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int):
         super().__init__()
-        self.norm1 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
+        self.norm1 = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.attention = Attention(cfg, layer)
-        self.norm2 = nn.RMSNorm(cfg.n_embd, eps=1e-6)
+        self.norm2 = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, cache=None):
-        x = x + self.attention(self.norm1(x), cache)
+    def forward(self, x, positions=None, pads=None, cache=None):
+        x = x + self.attention(self.norm1(x), positions, pads, cache)
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
-    """GPT(cfg)(tokens) -> logits (B, T, vocab_size); with targets (B, T) also the mean cross-entropy in nats.
+    """GPT(cfg)(tokens) returns logits (B, T, vocab_size). GPT(cfg)(tokens, targets) returns the mean loss in nats.
 
-    Every matrix starts from a normal with std init_std cut at three standard deviations, drawn under cfg.seed; the
-    RMSNorm weights start at 1. Raises ValueError: unknown cfg.pos, n_head that does not divide n_embd, what fope.py refuses.
+    Every matrix starts from a normal distribution with standard deviation init_std, cut at three of them and drawn with
+    cfg.seed. RMSNorm weights start at 1. Raises ValueError for a configuration that cannot be built.
     """
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        if cfg.pos not in POSITIONS:
-            raise ValueError(f"pos {cfg.pos!r} is unknown: use {', '.join(POSITIONS)}")
         if min(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.n_hidden, cfg.vocab_size, cfg.train_len) < 1:
             raise ValueError("n_layer, n_head, n_embd, n_hidden, vocab_size and train_len must be at least 1")
-        if cfg.n_embd % cfg.n_head:
-            raise ValueError(f"n_head {cfg.n_head} does not divide n_embd {cfg.n_embd}")
+        if cfg.n_embd % cfg.n_head or cfg.n_head % (cfg.n_kv_head or cfg.n_head):
+            raise ValueError(
+                f"n_head {cfg.n_head} must divide n_embd {cfg.n_embd}, and n_kv_head {cfg.n_kv_head} n_head"
+            )
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
-        self.norm = nn.RMSNorm(cfg.n_embd, eps=1e-6)
+        self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.tied:
+            self.head.weight = self.embedding.weight
         generator = torch.Generator().manual_seed(cfg.seed)
+        cut = 3 * cfg.init_std
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and ".position." not in name:
-                nn.init.trunc_normal_(weight, std=cfg.init_std, a=-3 * cfg.init_std, b=3 * cfg.init_std, generator=generator)
+                nn.init.trunc_normal_(weight, std=cfg.init_std, a=-cut, b=cut, generator=generator)
 
     def n_params(self) -> int:
-        """Parameters with one embedding matrix counted: the number in the paper's names, and in its 6 n D FLOPs."""
-        return sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
+        """Parameters with one embedding matrix counted, as in the paper's names and in the 6 n D FLOPs of a step."""
+        both = self.embedding.weight is not self.head.weight
+        return sum(p.numel() for p in self.parameters()) - both * self.embedding.weight.numel()
 
-    def forward(self, tokens, targets=None, last: int = 0, cache: list | None = None):
-        """tokens (B, T) int64. last=n: logits of the last n positions only. cache: new_cache(), filled in place."""
-        x = self.embedding(tokens)
-        for block, block_cache in zip(self.blocks, cache or [None] * len(self.blocks)):
-            x = block(x, block_cache)
-        logits = self.head(self.norm(x[:, -last:]))
+    def forward(self, tokens, targets=None, last: int = 0, cache: list | None = None, pads=None):
+        """tokens, targets (B, T) int64. last=n: logits of the last n positions only.
+
+        cache: new_cache(), filled in place. Each call appends its T tokens, any number of them.
+        pads: (B,) int64, how many tokens at the start of each row are left padding. Attention does not see them.
+        """
+        if cache is not None and len(cache) != len(self.blocks):
+            raise ValueError(f"the cache was made for {len(cache)} layers, and this model has {len(self.blocks)}")
+        T, past = tokens.shape[1], cache[0][0].shape[-2] if cache and cache[0] else 0
+        positions = past
+        if pads is not None:
+            positions = (torch.arange(past, past + T, device=tokens.device) - pads[:, None]).clamp(min=0)  # (B, T)
+        x = self.embedding(tokens)  # (B, T, C)
+        for block, own in zip(self.blocks, cache or [None] * len(self.blocks)):
+            x = block(x, positions, pads, own)
+        x = self.norm(x)
         if targets is None:
-            return logits
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return self.head(x[:, -last:])  # (B, T or last, vocab_size)
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
+        if torch.is_grad_enabled():
+            return F.cross_entropy(self.head(x).float(), targets)
+        # Evaluation takes 1024 positions at a time: the logits of a long text would take gigabytes.
+        losses = [
+            F.cross_entropy(self.head(piece).float(), target, reduction="sum")
+            for piece, target in zip(x.split(1024), targets.split(1024))
+        ]
+        return torch.stack(losses).sum() / len(targets)
+
+    def reserve(self, T: int) -> None:
+        """Makes the tables of RoPE or FoPE for T tokens. Call it before torch.compile."""
+        for block in self.blocks:
+            if isinstance(block.attention.position, RoPE):
+                block.attention.position.reserve(T, self.head.weight.device)
 
     def new_cache(self) -> list:
-        """An empty key-value cache: one list for each block, which becomes [keys, values]. Keys are positioned."""
+        """An empty key-value cache: a list per block, which becomes [keys, values], (B, K, tokens so far, d) each."""
         return [[] for _ in self.blocks]
 
     @torch.no_grad()
-    def generate(self, tokens, n: int, temperature: float = 0.0, generator=None):
-        """tokens (B, T) continued by n tokens: (B, T + n). temperature 0 takes the likeliest token each time."""
-        cache = self.new_cache()
-        step = tokens
+    def generate(self, tokens, n: int, *, pads=None, eot=None, temperature=0.0, top_k=0, seed=0):
+        """Appends up to n tokens to tokens (B, T). Returns (B, T + n), or less if every row has ended.
+
+        pads: (B,) tokens of left padding per row. eot: a row that produced this token is filled up with it.
+        temperature: 0 takes the most likely token. top_k: sample from the k most likely ones only; 0 is all.
+        """
+        if not 0 <= temperature < math.inf or top_k < 0:
+            raise ValueError(f"temperature {temperature} and top_k {top_k} must be 0 or more")
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        cache, step = self.new_cache(), tokens
+        ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(n):
-            logits = self(step, last=1, cache=cache)[:, -1].float()
+            logits = self(step, last=1, cache=cache, pads=pads)[:, -1].float()  # (B, vocab_size)
+            if top_k:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
             if temperature:
+                logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
                 step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:
                 step = logits.argmax(-1, keepdim=True)
+            if eot is not None:
+                step = step.masked_fill(ended, eot)
+                ended |= step == eot
             tokens = torch.cat([tokens, step], dim=1)
+            if ended.all():
+                break
         return tokens
 
 
@@ -181,7 +282,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the zip reader and the unpickler each raise their own
-        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__}): copy or train it again") from error
+        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__}): train it again") from error
     if not isinstance(checkpoint, dict) or not {"step", "config", "tokenizer", "model"} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py")
     return checkpoint
@@ -200,62 +301,34 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
 
 
 def find_device(device: str = "auto", dtype: str = "auto"):
-    """The device to use, the name of its arithmetic, and the autocast context for it. Raises ValueError.
+    """The device, the name of the dtype, and the autocast context for it. Raises ValueError.
 
     auto: cuda, else mps, else cpu; bfloat16 where the hardware computes in it, else float32 (always on mps).
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":  # one card a process: torchrun numbers the processes of a machine
+    if device == "cuda":  # torchrun numbers the processes of a machine, and each takes one card
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         found = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} does not work here: {str(error).splitlines()[0][:100]}") from error
+        raise ValueError(f"device {device!r} does not work: {str(error).splitlines()[0][:100]}") from error
     if found.type == "cpu" and sys.platform == "linux":
-        # glibc gives a large tensor's memory back to the kernel at once, which zeroes the next one's page by page: a third
-        # of a 60M step. Keep it: no memory maps (M_MMAP_MAX 0), no trimming (M_TRIM_THRESHOLD -1).
-        keep = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such call, or no such habit
-        if keep:
-            keep(-4, 0)
-            keep(-1, -1)
+        # glibc returns the memory of a large tensor to the kernel, which clears the next one page by page. That is a
+        # third of a 60M step. Keep the memory: no memory maps (M_MMAP_MAX 0), no trimming (M_TRIM_THRESHOLD -1).
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such call
+        if mallopt:
+            mallopt(-4, 0)
+            mallopt(-1, -1)
     if found.type == "cuda":
         torch.cuda.set_device(found)
         has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        flags = getattr(torch.cpu, "get_capabilities", dict)() if found.type == "cpu" else {}
+        flags = torch.cpu.get_capabilities() if found.type == "cpu" else {}
         has_bfloat16 = flags.get("avx512_bf16") or flags.get("amx_bf16")
     if dtype == "auto":
         dtype = "bfloat16" if has_bfloat16 else "float32"
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype {dtype!r} is unknown: use auto, bfloat16 or float32")
-    return found, dtype, functools.partial(torch.autocast, found.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def main(argv: list[str]) -> None:
-    """python model.py CHECKPOINT PROMPT: continue a text, to see what a model learned."""
-    from data import prepare  # nothing but this command needs a tokenizer
-
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.error = prepare.fail
-    parser.add_argument("checkpoint", help="folder or file that train.py wrote")
-    parser.add_argument("prompt", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        model, checkpoint = load_model(args.checkpoint)
-    except ValueError as error:
-        prepare.fail(str(error))
-    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"])
-    prompt = tokenizer.encode_ordinary(args.prompt)
-    if not prompt:
-        prepare.fail("the prompt is empty: give it at least one character")
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = model.generate(torch.tensor([prompt]), args.tokens, args.temperature, generator)[0].tolist()
-    print(tokenizer.decode([t for t in tokens if t < tokenizer.n_vocab]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    autocast = functools.partial(torch.autocast, found.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    return found, dtype, autocast

@@ -305,6 +305,7 @@ def train(cfg: TrainConfig) -> Path | None:
             fail(f"{out} was trained on other data than {cfg.data}: name the same --data")
         raw.load_state_dict(checkpoint["model"])
     raw.to(device)
+    raw.reserve(N)  # before torch.compile
     decay = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay)
     optimizer = torch.optim.AdamW(raw.parameters(), **decay, fused=device.type in ("cuda", "cpu"))
     if checkpoint:
@@ -357,7 +358,7 @@ def train(cfg: TrainConfig) -> Path | None:
         for i in range(0, len(mine), micro):
             x, y = take(val_tokens, mine[i : i + micro], N, device)
             with machine.autocast():
-                total += raw(x, y)[1].item() * len(x)
+                total += raw(x, y).item() * len(x)
         total, count = machine.sum(total, len(mine))
         return total / max(count, 1)
 
@@ -383,7 +384,7 @@ def train(cfg: TrainConfig) -> Path | None:
             last = i == len(upcoming) - 1
             with nullcontext() if last or machine.world == 1 else model.no_sync():  # gradients meet once a step
                 with machine.autocast():
-                    micro_loss = model(x, y)[1] / len(upcoming)
+                    micro_loss = model(x, y) / len(upcoming)
                 micro_loss.backward()
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.clip)

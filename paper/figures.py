@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import prepare
-from fope import FoPE, PositionOptions, RoPE, frequencies
+from fope import FoPE, RoPE, rope_frequencies
 from model import load_model
 from paper import experiments
 
@@ -30,8 +30,8 @@ FOLDER = ROOT / "paper/figures"
 QK_MEANS = ROOT / "paper/results/qk_means.json"
 N, HEAD_DIM = 512, 64  # of the tiny and the 60M model
 FLOOR = 2 * np.pi / N
-OMEGA = frequencies(HEAD_DIM, N, PositionOptions()).numpy()
-KEPT = np.arange(len(OMEGA)) < len(FoPE(1, HEAD_DIM, N).omega)  # as fope.py decides, so that the figures follow a change there
+OMEGA = rope_frequencies(HEAD_DIM).numpy()
+KEPT = np.arange(len(OMEGA)) < len(FoPE(n_head=1, head_dim=HEAD_DIM, train_len=N, omega=rope_frequencies(HEAD_DIM), seed=0).omega)  # as fope.py decides, so that the figures follow a change there
 
 
 def save(fig, name: str) -> None:
@@ -160,7 +160,7 @@ def mixture(sigma: float, seed: int) -> np.ndarray:
 
     sigma 0 is RoPE; a larger one mixes the two waves by coefficients from N(0, sigma), drawn by seed.
     """
-    cos, _ = FoPE(1, 4, N, PositionOptions(theta=100.0, coef_init="normal", sigma=sigma), seed).tables(N)
+    cos, _ = FoPE(n_head=1, head_dim=4, train_len=N, theta=100.0, coef_init="normal", sigma=sigma, seed=seed).cos_sin(torch.arange(N))
     return cos[0].sum(-1).numpy()
 
 
@@ -239,7 +239,7 @@ def measure_qk(folders: list[str]) -> None:
         tokens, _ = prepare.load(checkpoint["config"]["data"], "val")
         seen = []  # (q, k) of each layer, each (n_head, head_dim)
         for block in model.blocks:
-            block.attention.position.register_forward_pre_hook(lambda module, qk, seen=seen: seen.append([x.abs().mean((0, 2)) for x in qk]))
+            block.attention.position.register_forward_pre_hook(lambda module, qk, seen=seen: seen.append([x.abs().mean((0, 2)) for x in qk[:2]]))
         model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N))
         q, k = (np.round([layer[i].tolist() for layer in seen], 3).tolist() for i in (0, 1))
         means[model.cfg.pos] = {"q": q, "k": k, "step": checkpoint["step"], "seed": model.cfg.seed}
@@ -278,7 +278,7 @@ def departure(position: FoPE, T: int) -> float:
     So what follows is exact, not sampled: the variance of z_i conj(z_j) along each diagonal i - j = n, against its mean square; the
     root of their ratio, over all heads and distances alike. The clipped pairs (z = 1) count in the logit and depart nowhere.
     """
-    cos, sin = position.tables(T)  # (n_head, T, M)
+    cos, sin = position.cos_sin(torch.arange(T))  # (n_head, T, M)
     z = torch.complex(cos, sin)
 
     def along_diagonals(x: torch.Tensor) -> torch.Tensor:
@@ -301,8 +301,8 @@ def both_positions() -> None:
         for coef_init in ("xavier", "normal"):
             cells = []
             for sigma in sigmas:
-                options = PositionOptions(sigma=sigma, coef_init=coef_init)
-                found = [departure(FoPE(n_head, head_dim, N, options, seed), N) for seed in seeds]
+                shape = dict(n_head=n_head, head_dim=head_dim, train_len=N, sigma=sigma, coef_init=coef_init)
+                found = [departure(FoPE(**shape, seed=seed), N) for seed in seeds]
                 cells.append(f"{np.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})")
             print(f"| {name} | {coef_init} | " + " | ".join(cells) + " |", flush=True)
 
@@ -310,13 +310,12 @@ def both_positions() -> None:
     fig.suptitle("Follow a diagonal: where its grey changes, the logit depends on more than the distance")
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64, generator=generator)
-    default = PositionOptions()
     for axis, (title, options) in zip(axes, [
-        ("σ 0: a function of i − j alone", PositionOptions(sigma=0.0)),
-        (f"the default: {default.coef_init}, σ {default.sigma}", default),
-        ("normal, σ 0.3", PositionOptions(coef_init="normal")),
+        ("σ 0: a function of i − j alone", dict(sigma=0.0)),
+        ("the default: xavier, σ 0.3", {}),
+        ("normal, σ 0.3", dict(coef_init="normal")),
     ]):  # fmt: skip
-        position = FoPE(1, 64, N, options)
+        position = FoPE(n_head=1, head_dim=64, train_len=N, seed=0, **options)
         qs, ks = position(q.expand(1, 1, 128, 64), k.expand(1, 1, 128, 64))
         past = np.where(np.tri(128, dtype=bool), (qs @ ks.mT / 8)[0, 0], np.nan)  # attention is causal
         image = axis.imshow((past - np.nanmean(past)) / np.nanstd(past), cmap="gray", vmin=-2.5, vmax=2.5)

@@ -95,7 +95,7 @@ def step() -> None:
         x, y = batch(B, 512, vocab)
         for compiled in (False, True):
             models = {pos: GPT(GPTConfig(pos=pos, vocab_size=vocab, **PRESETS[preset])) for pos in ("rope", "fope", "alibi", "nope")}
-            steps = [trainer(model, lambda run: run(x, y)[1], compiled) for model in models.values()]
+            steps = [trainer(model, lambda run: run(x, y), compiled) for model in models.values()]
             times = dict(zip(models, alternate(rounds, *steps)))
             how = f"{preset} step, {'compiled' if compiled else 'eager'}"
             for pos, goal in (("fope", "<= 1.02"), ("alibi", "<= 1.10"), ("nope", "")):
@@ -191,7 +191,7 @@ def transformers() -> None:
                            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
             )  # fmt: skip
             theirs = lambda run: run(x, labels=y, shift_labels=y, use_cache=False).loss
-            steps = [trainer(ours, lambda run: run(x, y)[1], compiled), trainer(llama, theirs, compiled), trainer(gpt2, theirs, compiled)]
+            steps = [trainer(ours, lambda run: run(x, y), compiled), trainer(llama, theirs, compiled), trainer(gpt2, theirs, compiled)]
             mine, llamas, gpt2s = alternate(rounds, *steps)
             how = f"{preset} step, {'compiled' if compiled else 'eager'}: ours against"
             row(f"{how} Llama, tokens/s, in one process", llamas, mine, ">= 1.15")
@@ -199,7 +199,7 @@ def transformers() -> None:
             row(f"{how} GPT-2, matmul FLOP/s", [t * share for t in gpt2s], mine, ">= 1.0")
         ours = GPT(GPTConfig(pos="rope", vocab_size=vocab, **PRESETS[preset]))
         with llama_elsewhere(preset) as theirs:
-            mine, llamas = alternate(rounds, trainer(ours, lambda run: run(x, y)[1], compiled=True), theirs)
+            mine, llamas = alternate(rounds, trainer(ours, lambda run: run(x, y), compiled=True), theirs)
         row(f"{preset} step as it comes (ours compiled, large tensors' memory kept) against Llama as it comes, tokens/s", llamas, mine, ">= 1.15")
 
 
@@ -259,7 +259,7 @@ def gpu(*presets: str) -> None:
                         model = GPT(GPTConfig(pos=pos, vocab_size=50_304, train_len=N, **PRESETS[preset]))
                         x, y = batch(at_once // N, N, 50_304)
                         try:
-                            seconds = alternate(10 if DEVICE.type == "cuda" else 1, trainer(model, lambda run: run(x, y)[1], compiled))[0]
+                            seconds = alternate(10 if DEVICE.type == "cuda" else 1, trainer(model, lambda run: run(x, y), compiled))[0]
                         except torch.OutOfMemoryError:
                             at_once //= 2
                     if not seconds:

@@ -1,4 +1,4 @@
-"""Our RoPE model as transformers' Llama, for the test that compares their arithmetic and the benchmark of their speed."""
+"""Our RoPE model as transformers' Llama: for the test of its arithmetic and the benchmark of its speed."""
 
 import sys
 from pathlib import Path
@@ -13,23 +13,31 @@ from model import GPT, PRESETS, GPTConfig
 
 def in_llama_names(ours: GPT, value=lambda parameter: parameter.detach()) -> dict[str, torch.Tensor]:
     """value of each of our parameters under the name that Llama has for it. Both pair (m, m + head_dim/2)."""
-    named = {"model.embed_tokens": value(ours.embedding.weight), "model.norm": value(ours.norm.weight), "lm_head": value(ours.head.weight)}
+    named = {"model.embed_tokens": value(ours.embedding.weight), "model.norm": value(ours.norm.weight)}
+    if not ours.cfg.tied:
+        named["lm_head"] = value(ours.head.weight)
     for i, block in enumerate(ours.blocks):
         layer, attention, mlp = f"model.layers.{i}", f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        q, k, v = value(block.attention.qkv.weight).chunk(3)
+        rows = [
+            heads * block.attention.head_dim for heads in (block.attention.n_head, *[block.attention.n_kv_head] * 2)
+        ]
+        q, k, v = value(block.attention.qkv.weight).split(rows)
         gate, up = value(block.mlp.gate_up.weight).chunk(2)
         named |= {f"{attention}.q_proj": q, f"{attention}.k_proj": k, f"{attention}.v_proj": v}
         named |= {f"{attention}.o_proj": value(block.attention.out.weight)}
         named |= {f"{mlp}.gate_proj": gate, f"{mlp}.up_proj": up, f"{mlp}.down_proj": value(block.mlp.down.weight)}
-        named |= {f"{layer}.input_layernorm": value(block.norm1.weight), f"{layer}.post_attention_layernorm": value(block.norm2.weight)}
+        named |= {f"{layer}.input_layernorm": value(block.norm1.weight)}
+        named |= {f"{layer}.post_attention_layernorm": value(block.norm2.weight)}
     return {f"{name}.weight": tensor for name, tensor in named.items()}
 
 
 def llama_of(ours: GPT) -> LlamaForCausalLM:
     c = ours.cfg
-    shape = dict(hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, rms_norm_eps=1e-6, tie_word_embeddings=False, **shape))
-    llama.load_state_dict(in_llama_names(ours))
+    heads = dict(num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head)
+    shape = dict(hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer, **heads)
+    more = dict(rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, **shape, **more))
+    llama.load_state_dict(in_llama_names(ours), strict=not c.tied)  # tied: lm_head is the embedding
     return llama
 
 

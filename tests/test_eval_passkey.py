@@ -339,7 +339,7 @@ def test_other_data_is_measured_beside_the_checkpoints_own(half_right, tmp_path)
     def by_chunk(tokens, length):
         n = (len(tokens) - 1) // 768 * 768
         chunks = torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in range(0, n, length)]).astype(np.int64))
-        return math.exp(np.mean([model(chunk[None, :-1], chunk[None, 1:])[1].item() for chunk in chunks]))
+        return math.exp(np.mean([model(chunk[None, :-1], chunk[None, 1:]).item() for chunk in chunks]))
 
     own = np.fromfile(Path(torch.load(folder / "ckpt.pt", weights_only=True)["config"]["data"]) / "val.bin", dtype=np.uint16)
     expected = [by_chunk(other, length) for length in (256, 768)]

@@ -15,7 +15,7 @@ import pytest
 
 import train
 from data import prepare
-from fope import POSITIONS
+from model import position_embedding
 from paper import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def test_commands_are_valid_and_differ(experiment, scale):
         assert (cfg.train_len == 1024) == (experiment == "fig4")
         if "tiny" in scale:
             assert words[0] == "python"
-            POSITIONS[cfg.pos](cfg.n_head, cfg.head_dim, cfg.train_len, cfg)  # what fope.py refuses, it refuses here
+            position_embedding(cfg, 0)  # what fope.py refuses, it refuses here
         else:
             assert words[:3] == ["torchrun", "--standalone", "--nproc_per_node=4"]
     if scale not in ("180M", "1.2B") or experiment not in ("fig6b", "fig6c"):  # which are refused

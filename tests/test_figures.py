@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fope import FoPE, PositionOptions, RoPE
+from fope import FoPE, RoPE
 from model import GPT, GPTConfig
 from paper import figures
 
@@ -45,7 +45,7 @@ def test_silu_makes_the_first_tones_and_even_mixtures_only():
 
 def test_mixture_is_two_pairs_of_series():
     truth, fope, rope = figures.mixture(0.3, 7), figures.mixture(0.2, 6), figures.mixture(0.0, 0)
-    a = FoPE(1, 4, figures.N, PositionOptions(theta=100.0, coef_init="normal", sigma=0.2), 6).coef[0, 0].double()
+    a = FoPE(n_head=1, head_dim=4, train_len=figures.N, theta=100.0, coef_init="normal", sigma=0.2, seed=6).coef[0, 0].double()
     for n in (0, 1, 17, 511):
         waves = math.cos(n), math.cos(0.1 * n)
         assert rope[n] == pytest.approx(sum(waves), abs=1e-9)
@@ -54,10 +54,10 @@ def test_mixture_is_two_pairs_of_series():
 
 
 def test_mean_logit_is_that_of_the_module():
-    position = RoPE(1, figures.HEAD_DIM, 64)
+    position = RoPE(head_dim=figures.HEAD_DIM)
     q, k = 0.7 + torch.randn(2, 20_000, 1, 1, figures.HEAD_DIM, generator=torch.Generator().manual_seed(0))
     for n in (0, 5, 60):
-        logits = (position(q, k, offset=n)[0] * position(q, k, offset=0)[1]).sum(-1) / figures.HEAD_DIM**0.5
+        logits = (position(q, k, n)[0] * position(q, k, 0)[1]).sum(-1) / figures.HEAD_DIM**0.5
         assert logits.mean().item() == pytest.approx(figures.mean_logit(0.7, np.array([n]))[0], abs=4 * logits.std().item() / 20_000**0.5)
 
 
@@ -97,10 +97,10 @@ def plain(position, T):
 
 @pytest.mark.parametrize("options", [{}, dict(coef_init="normal"), dict(clip_floor=False, sigma=1.0), dict(n_freqs=9, coef_init="normal")], ids=str)
 def test_departure_is_the_variance_along_diagonals(options):
-    position = FoPE(2, 16, 24, PositionOptions(**{"theta": 10.0} | options))
+    position = FoPE(**dict(n_head=2, head_dim=16, train_len=24, theta=10.0, seed=0) | options)
     assert figures.departure(position, 24) == pytest.approx(plain(position, 24), rel=1e-4)
     assert figures.departure(position, 24) > 0.02
 
 
 def test_without_series_there_is_none():
-    assert figures.departure(FoPE(2, 16, 24, PositionOptions(sigma=0.0)), 24) < 1e-6
+    assert figures.departure(FoPE(n_head=2, head_dim=16, train_len=24, sigma=0.0, seed=0), 24) < 1e-6

@@ -272,7 +272,7 @@ def test_three_steps_are_clipped_adamw_with_decay_on_every_parameter(monkeypatch
     for step in range(3):
         rows = np.stack([tokens[i * N : i * N + N + 1] for i in train.batch_sequences(0, step, BATCH, SEQUENCES)])
         model.zero_grad()
-        model(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]))[1].backward()
+        model(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])).backward()
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
         assert norm > 1  # so that clipping is seen
         assert train_log(tmp_path / "out")[step]["grad_norm"] == pytest.approx(norm, rel=1e-5)
@@ -792,10 +792,10 @@ BAD = {  # flags, and what the line must contain
     "init_from half a checkpoint": ("--init_from={d}/cut", "not a whole checkpoint"),
     "init_from another preset": ("--init_from={d}/wide.pt", "preset"),
     "unknown model": ("--model=7B", "tiny, 60M, 180M, 1.2B"),
-    "unknown pos": ("--pos=xpos", "fope, rope, alibi, kerple, fire, nope"),
-    "heads do not divide": ("--n_head=3", "3 does not divide n_embd 32"),
-    "odd head_dim": ("--n_embd=34", "head_dim 17 is odd"),
-    "odd head_dim of rope": ("--n_embd=34 --pos=rope", "head_dim 17 is odd"),
+    "unknown pos": ("--pos=xpos", "fope, rope, alibi, kerple, fire or nope"),
+    "heads do not divide": ("--n_head=3", "3 must divide n_embd 32"),
+    "odd head_dim": ("--n_embd=34", "head_dim 17 must be an even"),
+    "odd head_dim of rope": ("--n_embd=34 --pos=rope", "head_dim 17 must be an even"),
     "unknown flag": ("--learning_rate=1", "--lr"),
     "abbreviated flag": ("--warm=1", "--warmup"),
     "stray word": ("tiny", "--model"),

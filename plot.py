@@ -197,7 +197,9 @@ def figure(results: list[dict], path: Path, title: str = "", xlabel: str = "leng
         for name, runs in groups.items():
             for run in runs:
                 for length, value in zip(lengths, accuracy(run) if axis is axes[0] else run["perplexity"]):
-                    label, x = (f"{length} tokens", varied[name]) if varied else (f"{name} (n={len(runs)})", length)
+                    label, x = f"{name} (n={len(runs)})", length
+                    if varied:
+                        label, x = f"{length} tokens" + " = N" * (train_lens == [length]), varied[name]
                     curves.setdefault(label, {}).setdefault(x, []).append(value)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if varied:
@@ -205,7 +207,7 @@ def figure(results: list[dict], path: Path, title: str = "", xlabel: str = "leng
         else:
             ticks = sorted({*lengths, *train_lens})
             axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks, [f"N = {x}" if x in train_lens else str(x) for x in ticks])
+            axis.set_xticks(ticks, [f"{x}\n= N" if x in train_lens else str(x) for x in ticks])
             for train_len in train_lens:
                 axis.axvline(train_len, color="0.6", linewidth=1, linestyle=":")
         if axis is axes[0]:

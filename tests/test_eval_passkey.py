@@ -203,6 +203,18 @@ def test_each_kind_of_evaluation_has_files_of_its_own(run, flags, stem, name):
     assert read(run / f"{stem}.json")["name"] == name
 
 
+def test_behind_text_the_prompt_has_the_training_length(run, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        eval_passkey, "passkey_right", lambda model, documents, *_: seen.append(documents) or documents[:, 0] > 0
+    )
+    evaluate(run, "--trials=1", "--lengths=256,512", "--behind_text")
+    val = np.fromfile(data / "val.bin", dtype=np.uint16)
+    for (document,), before in zip(seen, (0, 256)):
+        assert document[:before].tolist() == val[:before].tolist()
+        assert BYTES.decode(document[before:].tolist()).startswith("There is an important info")
+
+
 def test_linear_scaling_is_position_interpolation(run, data, monkeypatch):
     """Frequencies over 4: position 4n of the scaled model has the rotation angle of position n before."""
     models = []
@@ -289,7 +301,7 @@ def bad(data, tmp_path_factory):
     d = tmp_path_factory.mktemp("bad")
     save(d / "run", make_model(), data)
     shutil.copytree(d / "run", d / "copy/run")
-    save(d / "nope", make_model(pos="nope"), data)
+    save(d / "nope", make_model(pos="nope", train_len=128), data)
     whole = (d / "run/ckpt.pt").read_bytes()
     (d / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (d / "result.json").write_text("{}")
@@ -306,6 +318,7 @@ def bad(data, tmp_path_factory):
 
 BAD = [  # arguments, and what the line must contain
     ("{d}/run --lengths=256,128", "its fixed strings take 253 tokens"),
+    ("{d}/nope --lengths=256 --behind_text", "length 128 is too short"),
     ("{d}/run --lengths=256,300", "these lengths take 19201"),
     ("{d}/run --lengths=0", "--lengths 0"),
     ("{d}/run --lengths=256,long", "--lengths 256,long"),

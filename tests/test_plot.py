@@ -147,7 +147,7 @@ def test_figure_has_labels_the_training_length_a_title_and_200_dpi(saved, tmp_pa
     assert [axis.get_ylabel() for axis in saved[0].axes] == ["passkey accuracy", "validation perplexity"]
     for axis in saved[0].axes:
         assert axis.get_xlabel() == "length in tokens"
-        assert [text.get_text() for text in axis.get_xticklabels()] == ["N = 512", "1024"]
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["512\n= N", "1024"]
         assert [512, 512] in [list(line.get_xdata()) for line in axis.lines]  # upright
     height, width, _ = matplotlib.image.imread(tmp_path / "eval.png").shape
     assert (width, height) == tuple(200 * saved[0].get_size_inches())
@@ -183,7 +183,7 @@ def test_figure_against_what_is_varied_has_a_line_for_each_length(saved, tmp_pat
     plot.figure(RESULTS[:4], tmp_path / "eval.png", xlabel="sigma", varied={"small-rope": 0, "small-fope": 0.3})
     expected = ({0: (0.5, 0), 0.3: (0.5, 0.1)}, {0: (7.25, 8), 0.3: (4, 3.5)})  # value: at 512, at 1024
     for axis, at in zip(saved[0].axes, expected):
-        assert axis.get_xlabel() == "sigma" and list(lines_of(axis)) == ["512 tokens", "1024 tokens"]
+        assert axis.get_xlabel() == "sigma" and list(lines_of(axis)) == ["512 tokens = N", "1024 tokens"]
         for i, line in enumerate(lines_of(axis).values()):
             points = dict(zip(line.get_xdata(), line.get_ydata()))
             assert points == pytest.approx({value: both[i] for value, both in at.items()})

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import eval_passkey
+import plot
 from data import prepare
 from data.prepare import fail, replace_file
 from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
@@ -436,6 +437,8 @@ def train(cfg: TrainConfig) -> Path | None:
 def main() -> None:
     cfg = parse_flags(sys.argv[1:])
     out = train(cfg)
+    if out:
+        plot.loss_figure([out / "log.jsonl"], out / "loss.png")
     if out and cfg.eval_trials:
         eval_passkey.main([str(out), f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}"])
     if "RANK" in os.environ:

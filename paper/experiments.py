@@ -23,8 +23,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import eval_passkey
+import plot
 from data.prepare import builtin, fail, replace_file
+from eval_passkey import numbers
 from train import parse_flags
 
 RUNS = {  # what each changes about the preset; books-RUN is the same, trained on books and tested on C4
@@ -127,13 +128,13 @@ def report(experiment: str, scale: str) -> None:
     folder, found = ROOT / "paper/results" / scale, []
     for run in runs_of(experiment, scale):
         for file in sorted(folder.glob(f"{run}-s[0-9]*.json")):
-            found.append(json.loads(file.read_text()) | {"name": file.stem})
+            found.append(plot.read_result(file))
     if not found:
         return
     losses = [r | {"perplexity": np.log(r["perplexity"]).tolist()} for r in found]  # as the paper's Table 2 has them
-    text = eval_passkey.table(losses).replace(": perplexity", ": loss") if experiment == "table2" else eval_passkey.table(found)
+    text = plot.table(losses).replace(": perplexity", ": loss") if experiment == "table2" else plot.table(found)
     (folder / f"{experiment}.md").write_text(text + "\n")
-    drawn = eval_passkey.figure(found, folder / f"{experiment}.png", **VARIED.get(experiment, {}))
+    drawn = plot.figure(found, folder / f"{experiment}.png", **VARIED.get(experiment, {}))
     print(f"\n{text}\n\nwritten: {folder}/{experiment}.md" + f", {folder}/{experiment}.png" * drawn)
 
 
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--trials", type=int, help="passkey trials a length: 100 in miniature, else the paper's 1000, unless told")
     parser.add_argument("--dry_run", action="store_true", help="print all commands, also of what is done, and end")
     args = parser.parse_args(argv)
-    seeds = eval_passkey.numbers("--seeds", args.seeds, at_least=0)
+    seeds = numbers("--seeds", args.seeds, at_least=0)
     known, miniature = runs_of(args.experiment, args.scale), args.scale in MINIATURES
     runs = args.runs.split(",") if args.runs else known
     if not set(runs) <= set(known):

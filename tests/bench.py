@@ -212,7 +212,7 @@ def passkey() -> None:
         prompts, n = torch.from_numpy(documents[:, : -answers.max()].astype(np.int64)).to(DEVICE), int(answers.max())
 
         def ours() -> None:
-            passkey_right(model, documents, answers, 16_384, autocast, lambda share: None)
+            passkey_right(model, documents, answers, 16_384, autocast)
 
         def greedy(cached: bool, rows: int) -> None:
             with autocast():

@@ -27,7 +27,7 @@ def test_train_from_nothing_then_compare(tmp_path):
     meta = json.loads((tmp_path / "data" / "builtin" / "meta.json").read_text())
     assert meta["train"]["tokens"] > 10_000_000 and meta["val"]["tokens"] > 100_000
     fope = tmp_path / "out" / "tiny-fope-s0"
-    assert sorted(path.name for path in fope.iterdir()) == ["ckpt.pt", "eval.json", "eval.md", "eval.png", "log.jsonl"]
+    assert sorted(path.name for path in fope.iterdir()) == ["ckpt.pt", "eval.json", "eval.md", "eval.png", "log.jsonl", "loss.png"]
     assert (fope / "eval.md").read_text() in printed
     assert "| | seeds | 512 | 1024 | 2048 | 4096 | 8192 |" in printed
     assert json.loads((fope / "eval.json").read_text())["trials"] == 2
@@ -37,7 +37,8 @@ def test_train_from_nothing_then_compare(tmp_path):
 
     folders = sorted((tmp_path / "out").iterdir())  # out/*/
     assert [folder.name for folder in folders] == ["tiny-fope-s0", "tiny-rope-s1"]
-    printed = run(tmp_path, "eval_passkey.py", *folders, "--trials=2", "--lengths=512,1024", "--device=cpu", "--eval_tokens=8192")
+    run(tmp_path, "eval_passkey.py", folders[1], "--trials=2", "--device=cpu")
+    printed = run(tmp_path, "plot.py", *folders)
     for name in ("tiny-fope: passkey", "tiny-fope: perplexity", "tiny-rope: passkey", "tiny-rope: perplexity"):
         assert f"| {name} | 1 |" in printed
-    assert {"eval.md", "eval.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"eval.md", "eval.png", "loss.png"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -6,7 +6,7 @@
     python eval_passkey.py out/books/ --data=data/c4   other text than it was trained on: see below
     python eval_passkey.py out/tiny-*/ --behind_text   a probe: see below
 
-Passkey: a prompt of exactly L tokens, answer included (data/prepare.py), the key's place uniform. A trial counts when
+Passkey: a prompt of exactly L tokens, answer included (data/passkey.py), the key's place uniform. A trial counts when
 greedy decoding yields the answer. With the right answer fed in, it does exactly when every answer token is the arg max
 (by induction: up to the first wrong token both see the same input), so one forward pass decides a trial.
 
@@ -33,7 +33,9 @@ import numpy as np
 import torch
 
 from data import prepare
-from data.prepare import fail
+from data.files import fail
+from data.passkey import passkey_document
+from data.tokenizer import get_tokenizer
 from fope import RoPE
 from model import find_device, load_model
 
@@ -52,7 +54,7 @@ def passkey_trials(tokenizer, length: int, trials: int, seed: int, text=()) -> t
     """
     rng = np.random.default_rng((seed, length))
     keys, depths = rng.integers(10_000, 100_000, trials), rng.random(trials)
-    documents = [prepare.passkey_document(tokenizer, length - len(text), int(k), d) for k, d in zip(keys, depths)]
+    documents = [passkey_document(tokenizer, length - len(text), int(k), d) for k, d in zip(keys, depths)]
     return np.array([[*text, *tokens] for tokens, _ in documents]), np.array([n for _, n in documents]), depths
 
 
@@ -138,7 +140,7 @@ def evaluate(path: Path, args, lengths: list[int] | None) -> dict:
     own = None
     if args.data and (Path(config["data"]) / "val.bin").is_file():
         own, _ = validation(config["data"], checkpoint, lengths, args.eval_tokens)
-    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"], data)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], data)
     name, kind = path.resolve().name if path.is_dir() else path.resolve().parent.name, args.stem.removeprefix("eval")
     result = {
         "name": re.sub(r"(-s\d+)?$", rf"{kind}\1", name, count=1),  # NAME-yarn4-s0 is another thing than NAME-s0

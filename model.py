@@ -234,10 +234,11 @@ def find_device(device: str = "auto", dtype: str = "auto"):
 
 def main(argv: list[str]) -> None:
     """python model.py CHECKPOINT PROMPT: continue a text, to see what a model learned."""
-    from data import prepare  # nothing but this command needs a tokenizer
+    from data.files import fail  # nothing but this command needs a tokenizer
+    from data.tokenizer import get_tokenizer
 
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.error = prepare.fail
+    parser.error = fail
     parser.add_argument("checkpoint", help="folder or file that train.py wrote")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
@@ -247,11 +248,11 @@ def main(argv: list[str]) -> None:
     try:
         model, checkpoint = load_model(args.checkpoint)
     except ValueError as error:
-        prepare.fail(str(error))
-    tokenizer = prepare.get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"])
+        fail(str(error))
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"])
     prompt = tokenizer.encode_ordinary(args.prompt)
     if not prompt:
-        prepare.fail("the prompt is empty: give it at least one character")
+        fail("the prompt is empty: give it at least one character")
     generator = torch.Generator().manual_seed(args.seed)
     tokens = model.generate(torch.tensor([prompt]), args.tokens, args.temperature, generator)[0].tolist()
     print(tokenizer.decode([t for t in tokens if t < tokenizer.n_vocab]))

@@ -27,7 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eval_passkey
 from data import prepare
-from data.prepare import fail, replace_file
+from data.files import fail, replace_file
+from data.passkey import passkey_document
+from data.tokenizer import get_tokenizer
 from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
 
 # What a preset trains with. The paper's recipe (App. A.3): 10B tokens in steps of 524 288.
@@ -260,7 +262,7 @@ def train(cfg: TrainConfig) -> Path | None:
     # Everything that can be wrong with the input is found before anything is written.
     machine = Machine(cfg)
     main, device, N = machine.rank == 0, machine.device, cfg.train_len
-    if cfg.data == "data/builtin":
+    if Path(cfg.data) == Path("data/builtin"):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not Path(cfg.data).exists():
             machine.say("making the built-in corpus")
             prepare.builtin(Path(cfg.data))
@@ -281,7 +283,7 @@ def train(cfg: TrainConfig) -> Path | None:
     if cfg.eval_trials:  # hours later would be late to hear that the evaluation cannot work
         skip = "--eval_trials=0 trains without the evaluation"
         try:
-            prepare.passkey_document(prepare.get_tokenizer(meta["tokenizer"], cfg.data), N, 12_345, 0.5)
+            passkey_document(get_tokenizer(meta["tokenizer"], cfg.data), N, 12_345, 0.5)
         except ValueError as error:
             fail(f"{error}: name a longer --train_len; {skip}")
         if len(val_tokens) <= 16 * N:

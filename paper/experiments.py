@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_passkey
-from data.prepare import builtin, fail, replace_file
+from data.files import fail, replace_file
+from data.prepare import builtin
 from train import parse_flags
 
 RUNS = {  # what each changes about the preset; books-RUN is the same, trained on books and tested on C4

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 import eval_passkey
 from data import prepare
+from data.passkey import passkey_document
+from data.tokenizer import END, get_tokenizer
 from model import GPT
 from train import TrainConfig
 
@@ -33,7 +35,7 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 INFORMATION = "The pass key is 31415. Remember it. 31415 is the pass key."
 QUESTION = "What is the pass key? The pass key is 31415"
 
-BYTES = prepare.byte_tokenizer()
+BYTES = get_tokenizer("bytes")
 
 
 def bpe_tokenizer(*words):
@@ -43,7 +45,7 @@ def bpe_tokenizer(*words):
         pieces += [word[:n].encode() for n in range(2, len(word) + 1) if word[:n].encode() not in pieces]
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={prepare.END: len(ranks)})
+    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
 TOKENIZERS = {
@@ -83,14 +85,14 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
 def test_document_has_exactly_the_length(tokenizer, depth):
     for length in [*range(256, 300, 7), 511, 512, 513, 1000, 1001, 4096, 8192]:
-        tokens, n_answer = prepare.passkey_document(TOKENIZERS[tokenizer], length, 31415, depth)
+        tokens, n_answer = passkey_document(TOKENIZERS[tokenizer], length, 31415, depth)
         assert len(tokens) == length
         assert TOKENIZERS[tokenizer].decode(tokens[-n_answer:]) == " 31415"
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_document_is_the_benchmark_verbatim(tokenizer):
-    tokens, _ = prepare.passkey_document(TOKENIZERS[tokenizer], 700, 31415, 0.4)
+    tokens, _ = passkey_document(TOKENIZERS[tokenizer], 700, 31415, 0.4)
     text = TOKENIZERS[tokenizer].decode(tokens)
     task, before, information, after, question = text.split("\n")
     assert (task, information, question) == (TASK, INFORMATION, QUESTION)
@@ -102,16 +104,16 @@ def test_document_is_the_benchmark_verbatim(tokenizer):
 
 
 def test_fixed_strings_take_253_bytes():
-    tokens, n_answer = prepare.passkey_document(BYTES, 253, 31415, 0.5)
+    tokens, n_answer = passkey_document(BYTES, 253, 31415, 0.5)
     assert BYTES.decode(tokens) == "\n".join([TASK, "", INFORMATION, "", QUESTION])
     assert n_answer == 6
     with pytest.raises(ValueError, match="253"):
-        prepare.passkey_document(BYTES, 252, 31415, 0.5)
+        passkey_document(BYTES, 252, 31415, 0.5)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 def test_depth_is_the_share_of_filler_before_the_information(depth):
-    tokens, _ = prepare.passkey_document(BYTES, 1253, 31415, depth)
+    tokens, _ = passkey_document(BYTES, 1253, 31415, depth)
     _, before, _, after, _ = BYTES.decode(tokens).split("\n")
     assert (len(before), len(after)) == (1000 * depth, 1000 - 1000 * depth)
 
@@ -317,7 +319,7 @@ def test_behind_text_the_prompt_has_the_training_length(runs, data, tmp_path):
     for document, depth in zip(documents, depths):
         key = int(BYTES.decode(document[-5:].tolist()))
         assert document[:300].tolist() == text.tolist()
-        assert document[300:].tolist() == prepare.passkey_document(BYTES, 300, key, depth)[0]
+        assert document[300:].tolist() == passkey_document(BYTES, 300, key, depth)[0]
     assert set(answers) == {6}
     folder = shutil.copytree(runs / "toy-rope-s0", tmp_path / "toy-rope-s0", ignore=shutil.ignore_patterns("eval*"))
     evaluate(folder, "--trials=1", "--lengths=256,512", "--behind_text")

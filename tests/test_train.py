@@ -18,6 +18,7 @@ import torch
 
 import train
 from data import prepare
+from data.tokenizer import get_tokenizer
 from model import GPT
 from stops import KILL, on_call
 
@@ -38,7 +39,7 @@ def write_data(folder, train_tokens=None, val_tokens=None):
     text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 100, dtype=np.uint8).astype(np.uint16)
     default = text[: SEQUENCES * N + 1], text[:700]
     tokens = [np.asarray(d if given is None else given, dtype=np.uint16) for d, given in zip(default, (train_tokens, val_tokens))]
-    prepare.write(folder, prepare.byte_tokenizer(), *tokens, {"source": "a fox"})
+    prepare.write(folder, get_tokenizer("bytes"), *tokens, {"source": "a fox"})
     return folder
 
 

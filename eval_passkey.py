@@ -32,7 +32,10 @@ from tqdm import tqdm
 
 import plot
 from baselines import scaled
-from data.prepare import fail, get_tokenizer, load, passkey_document, replace
+from data.files import fail, replace_file
+from data.passkey import passkey_document
+from data.prepare import load
+from data.tokenizer import get_tokenizer
 from fope import RoPE
 from model import GPT, find_device, load_model
 
@@ -275,14 +278,15 @@ def main(argv: list[str]) -> None:
         try:
             measure(path, result, texts, tokenizer, args, device, autocast)
             measured = {name: value for name, value in result.items() if name != "file"}
-            replace(Path(result["file"]), json.dumps(measured) + "\n")
+            content = json.dumps(measured).encode() + b"\n"
+            replace_file(Path(result["file"]), lambda f, content=content: f.write(content))
         except torch.OutOfMemoryError:
             fail(f"{path} needs more memory than {device} has: use a smaller --batch_tokens or shorter --lengths")
         except OSError as error:
             problems.append(f"{result['file']} could not be written: {error}")
     text, written = plot.table(results), []
     try:
-        replace(out / f"{args.stem}.md", text + "\n")
+        replace_file(out / f"{args.stem}.md", lambda f: f.write(text.encode() + b"\n"))
         written.append(f"{out}/{args.stem}.md")
     except OSError as error:
         problems.append(f"{out}/{args.stem}.md could not be written: {error}")

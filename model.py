@@ -34,6 +34,7 @@ PRESETS = {  # the paper's names count one embedding matrix
 class GPTConfig:
     """A model's shape and its position embedding."""
 
+    # model
     n_layer: int = 3  # blocks
     n_head: int = 2  # query heads
     n_kv_head: int = 0  # key-value heads; 0: as many as query heads
@@ -45,7 +46,7 @@ class GPTConfig:
     init_std: float = 0.02  # standard deviation of every matrix at the start
     train_len: int = 512  # N, the training length in tokens
     seed: int = 0  # seed of weights, coefficients and data order
-
+    # position
     pos: str = "fope"  # position embedding: fope, rope, alibi, kerple, fire or nope
     theta: float = 10_000.0  # base of RoPE's and FoPE's frequencies
     sigma: float = 0.3  # size of FoPE's random coefficients
@@ -55,9 +56,7 @@ class GPTConfig:
     clip_floor: bool = True  # FoPE's clipping (CF in the paper)
     zero_phase: bool = True  # clipped pairs: true is Eq. 13 (cos 1, sin 0), false is the release (cos 1, sin 1)
     whole_cycles: bool = False  # RoPE-A: move each frequency to a whole number of cycles in N
-    scaling: str = (
-        "none"  # scale the frequencies for longer text: none, linear (position interpolation), yarn or llama3
-    )
+    scaling: str = "none"  # scale the frequencies: none, linear (position interpolation), yarn or llama3
     scale: float = 16.0  # how many times longer the text is
     original_len: int = 512  # the training length before scaling, for yarn and llama3
     qk_norm: bool = False  # normalize q and k to mean 0 and variance 1 per head

@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from data.prepare import fail, get_tokenizer
+from data.files import fail
+from data.tokenizer import get_tokenizer
 from model import find_device, load_model
 
 

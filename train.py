@@ -1,23 +1,25 @@
-"""Train a GPT. One process or torchrun, CPU or GPU: what is there is found, used and printed.
+"""Train a GPT, on one process or on many through torchrun. Then evaluate it.
 
-    python train.py                                  the tiny preset on the built-in corpus, then its evaluation
-    python train.py --pos=rope --seed=1              any field of TrainConfig and GPTConfig is a flag
+    python train.py                                  the tiny preset on the built-in corpus
+    python train.py --pos=rope --seed=1              every field of TrainConfig and GPTConfig is a flag
     torchrun --standalone --nproc_per_node=4 train.py --model=60M --data=data/c4
 
-Global batch s holds the same sequences however many processes and micro batches share it: the order is a function of
-(seed, s) alone. So a run is resumed from its step, and 1, 2 or 4 processes train the same model up to rounding.
+The order of the data depends on the seed and the step alone. So a resumed run continues bit for bit, and 1, 2 or 4
+processes train the same model up to rounding.
 """
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -28,121 +30,125 @@ from torch.nn.parallel import DistributedDataParallel
 import eval_passkey
 import plot
 from data import prepare
-from data.prepare import fail, replace_file
+from data.files import fail, lock, replace_file
+from data.passkey import passkey_document
+from data.tokenizer import get_tokenizer
 from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
 
-# What a preset trains with. The paper's recipe (App. A.3): 10B tokens in steps of 524 288.
-PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000, eval_every=500, save_every=500)
+# How a preset is trained. The paper's recipe (App. A.3) is 10B tokens in steps of 524 288.
+PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000)
 RECIPES = {
-    "tiny": dict(data="data/builtin", batch_tokens=4096, micro_tokens=4096, steps=3000, lr=2e-3, warmup=100,
-                 log_every=50, eval_every=500, save_every=500),
-    "60M": PAPER | dict(micro_tokens=32_768),  # a 48 GB card's share; less memory: less of it at once, same result
+    "tiny": dict(log_every=50),
+    "60M": PAPER | dict(micro_tokens=32_768),  # what fits a card of 48 GB. Less does not change the result
     "180M": PAPER | dict(micro_tokens=16_384),
     "1.2B": PAPER | dict(micro_tokens=4096),
-}  # fmt: skip
+}
+PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bfloat16 FLOP/s
 
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """Every field, GPTConfig's too, is a flag. --model sets those of its preset; a flag beside it wins."""
+    """Every field is a flag, and the comment beside it is the flag's help. The same holds for GPTConfig in model.py."""
 
-    model: str = "tiny"  # preset: tiny, 60M, 180M or 1.2B
-    vocab_size: int = 0  # 0: the data's, padded to a multiple of 64
+    # training
+    model: str = "tiny"  # preset that sets the model's shape and the recipe: tiny, 60M, 180M or 1.2B
+    vocab_size: int = 0  # tokens in the vocabulary; 0: those of the data, padded to a multiple of 64
     data: str = "data/builtin"  # folder with train.bin and val.bin
-    out: str = ""  # where checkpoint, log and evaluation go; empty: out/MODEL-POS-sSEED
-    resume: bool = False  # go on from out's checkpoint
-    init_from: str = ""  # start from this checkpoint's weights; the position embedding may be another
-
+    out: str = ""  # folder for checkpoint, log and evaluation; empty: out/MODEL-POS-sSEED
+    resume: bool = False  # continue from the checkpoint in out
+    init_from: str = ""  # checkpoint to take the weights from; its position embedding may be another
     steps: int = 3000  # optimizer steps
-    batch_tokens: int = 4096  # tokens in a step, over all processes
-    micro_tokens: int = 4096  # tokens at once on a process, at most
-    lr: float = 2e-3  # after the warm-up; the cosine ends at a tenth of it
-    warmup: int = 100  # steps
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1  # on every parameter, as the paper
-    clip: float = 1.0  # of the gradient's norm
-
-    log_every: int = 10  # steps
-    eval_every: int = 500  # steps between validation losses
+    batch_tokens: int = 4096  # tokens per step, over all processes
+    micro_tokens: int = 4096  # maximum tokens per micro-batch and process
+    lr: float = 2e-3  # learning rate after warmup; a cosine takes it to a tenth
+    warmup: int = 100  # steps of linear warmup
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 0.1  # of AdamW, on every parameter, as in the paper
+    clip: float = 1.0  # maximum gradient norm
+    # machine
+    log_every: int = 10  # steps between log lines
+    eval_every: int = 500  # steps between validations
     save_every: int = 500  # steps between checkpoints
-    eval_tokens: int = 65_536  # validation tokens for a validation loss
-    eval_trials: int = 100  # passkey trials a length in the evaluation after training; 0: no evaluation
+    eval_tokens: int = 65_536  # validation tokens for the validation loss
+    eval_trials: int = 100  # passkey trials per length in the evaluation after training; 0: no evaluation
+    device: str = "auto"  # auto, cuda, mps or cpu
+    dtype: str = "auto"  # auto (bfloat16 autocast where the hardware has it), bfloat16 or float32
+    compile: str = "auto"  # torch.compile: auto (where it works), on or off
+    wandb: bool = False  # log to Weights & Biases too
 
-    device: str = "auto"  # auto: cuda, mps or cpu
-    dtype: str = "auto"  # auto: bfloat16 autocast where the hardware has it, else float32
-    compile: str = "auto"  # auto: torch.compile where it works; or on, off
 
-
-# What may change between a run and its continuation: everything else changes what is computed.
+# A resumed run may change these. Everything else changes what is computed.
 FREE = {"resume", "init_from", "data", "out", "micro_tokens", "log_every", "eval_every", "save_every", "eval_tokens",
-        "eval_trials", "device", "dtype", "compile"}  # fmt: skip
+        "eval_trials", "device", "dtype", "compile", "wandb"}  # fmt: skip
+AT_LEAST = {"n_layer": 1, "n_head": 1, "n_embd": 1, "n_hidden": 1, "train_len": 1, "steps": 1, "batch_tokens": 1,
+            "micro_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0, "warmup": 0,
+            "eval_trials": 0, "weight_decay": 0, "lr": 0, "beta1": 0, "beta2": 0, "clip": 0}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def parse_flags(argv: list[str]) -> TrainConfig:
-    """--name=value and --name value for every field; a flag wins over the preset, the preset over the default."""
-
-    def boolean(text: str) -> bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
-
-    boolean.__name__ = "true or false"
-    parser = argparse.ArgumentParser(description="Type and default of every flag; --model's preset wins over the default.", allow_abbrev=False)
-    parser.error = fail
-    for f in fields(TrainConfig):
+    """The configuration from --name=value or --name value. A flag wins over the preset, and that over the default."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
+    types, group = {f.name: f for f in fields(TrainConfig)}, None
+    for line in [line for cls in (TrainConfig, GPTConfig) for line in inspect.getsource(cls).splitlines()]:
+        if heading := re.fullmatch(r"    # (\w+)", line):
+            group = parser.add_argument_group(heading[1])
+        field = re.fullmatch(r"    (\w+): .*?  # (.*)", line)
+        if not field or field[1] not in types:
+            continue
+        f = types.pop(field[1])
         kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", default=MISSING, metavar="", help=f"({f.type.__name__}, {f.default!r})", **kind)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        fail(f"unknown argument {unknown[0]}: the flags are {' '.join('--' + f.name for f in fields(TrainConfig))}")
-    flags = {name: value for name, value in vars(known).items() if value is not MISSING}
+        text = f"{field[2]} ({f.type.__name__}, default {f.default!r})".replace("%", "%%")
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
+    flags = vars(parser.parse_args(argv))
     preset = flags.get("model", "tiny")
     if preset not in PRESETS:
         fail(f"model {preset!r} is unknown: use {', '.join(PRESETS)}")
     cfg = TrainConfig(**PRESETS[preset] | RECIPES[preset] | flags)
     cfg.out = cfg.out or f"out/{cfg.model}-{cfg.pos}-s{cfg.seed}"
-    for name in ("n_layer", "n_head", "n_embd", "n_hidden", "train_len", "steps", "batch_tokens", "log_every", "eval_every", "save_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} must be at least 1")
-    for name in ("seed", "warmup", "eval_trials", "weight_decay", "lr"):
-        if not getattr(cfg, name) >= 0:
-            fail(f"--{name} must not be negative")
-    if not cfg.clip > 0:
-        fail("--clip must be above 0")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(cfg, name) < 1:
-            fail(f"--{name} must be at least 0 and less than 1")
+    for name, least in AT_LEAST.items():
+        if not least <= getattr(cfg, name) < math.inf:
+            fail(f"--{name} must be at least {least}")
+    if not cfg.clip or max(cfg.beta1, cfg.beta2) >= 1:
+        fail("--clip must be above 0, and --beta1 and --beta2 less than 1")
     if cfg.eval_tokens < cfg.train_len:
         fail(f"--eval_tokens must be at least --train_len, {cfg.train_len}")
+    if cfg.compile not in ("auto", "on", "off"):
+        fail(f"compile {cfg.compile!r} is unknown: use auto, on or off")
     return cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The machine
 
 
-PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bf16 FLOP/s
-
-
 def one_line(error: Exception) -> str:
-    """Its name too: not every exception has a message, and some messages go on for pages."""
+    """Type and first line of an error: some have no message, and some have pages."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
 class Machine:
-    """The device, its arithmetic, and the other processes. Made once, in every process."""
+    """The device, the dtype, and this process among the others."""
 
     def __init__(self, cfg: TrainConfig):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
         try:
             self.device, dtype, self.autocast = find_device(cfg.device, cfg.dtype)
         except ValueError as error:
             fail(str(error))
-
-        if cfg.compile not in ("auto", "on", "off"):
-            fail(f"compile {cfg.compile!r} is unknown: use auto, on or off")
-        self.compile, why = cfg.compile == "on" or (cfg.compile == "auto" and self.device.type != "mps"), ""
+        cuda, why = self.device.type == "cuda", ""
+        self.compile = cfg.compile == "on" or (cfg.compile == "auto" and self.device.type != "mps")
         if self.compile:
             try:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
@@ -150,8 +156,6 @@ class Machine:
                 self.compile, why = False, f"torch.compile does not work here: {one_line(error)}"
         if why and cfg.compile == "on":
             fail(why)
-
-        cuda = self.device.type == "cuda"
         if "RANK" in os.environ:
             dist.init_process_group("nccl" if cuda else "gloo")
         name = torch.cuda.get_device_name() if cuda else self.device.type
@@ -160,35 +164,75 @@ class Machine:
         self.say(f"device {name}, {dtype}, {'compiled' if self.compile else 'eager'}{why and f' ({why})'}{backend}")
 
     def say(self, text: str) -> None:
-        if self.rank == 0:
+        if self.main:
             print(text, flush=True)
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes: also how they agree to stop."""
+        """Each value summed over the processes. This is also how they agree to stop."""
         if not dist.is_initialized():
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device)
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        total = torch.tensor(values, dtype=dtype, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
 
 
-@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def load_data(cfg: TrainConfig, machine: Machine) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Training tokens, validation tokens and meta.json. Sets cfg.vocab_size. Refuses what would fail hours later."""
+    if (
+        Path(cfg.data) == Path("data/builtin")
+        and os.environ.get("LOCAL_RANK", "0") == "0"
+        and not Path(cfg.data).exists()
+    ):
+        machine.say("making the built-in corpus")
+        prepare.builtin(Path(cfg.data))
+    machine.sum(0)  # the other processes wait until it is there
+    tokens, meta = prepare.load(cfg.data, "train")
+    val_tokens, _ = prepare.load(cfg.data, "val")
+    cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
+    for name, array in (("train", tokens), ("val", val_tokens)):
+        if len(array) <= cfg.train_len:
+            fail(f"{cfg.data}/{name}.bin has {len(array)} tokens: a sequence takes --train_len plus one")
+        if array.max() >= cfg.vocab_size:
+            fail(f"{cfg.data}/{name}.bin has token {array.max()}, outside the vocabulary of {cfg.vocab_size}")
+    if cfg.eval_trials:
+        other = "use another --train_len, or --eval_trials=0 to train without the evaluation"
+        try:
+            passkey_document(get_tokenizer(meta["tokenizer"], cfg.data), cfg.train_len, 12_345, 0.5)
+        except ValueError as error:
+            fail(f"{error}: {other}")
+        if len(val_tokens) <= 16 * cfg.train_len:
+            fail(f"{cfg.data}/val.bin has {len(val_tokens)} tokens, the evaluation takes 16 x --train_len + 1: {other}")
+    return tokens, val_tokens, meta
+
+
+def micro_batch(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
+    """Sequences per step on this process, and how many of them make a micro-batch."""
+    share, remainder = divmod(cfg.batch_tokens, cfg.train_len * machine.world)
+    if remainder or not share:
+        unit = f"{cfg.train_len} tokens x {machine.world} processes"
+        fail(f"--batch_tokens {cfg.batch_tokens} is not a multiple of {unit}")
+    largest = min(share, max(cfg.micro_tokens // cfg.train_len, 1))
+    return share, next(micro for micro in range(largest, 0, -1) if share % micro == 0)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may contain the end of one epoch and the start of the next
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batch_sequences(seed: int, step: int, batch: int, n: int) -> np.ndarray:
-    """Which of the n sequences make up global batch `step`: each once an epoch, in an order of that epoch's own."""
+    """Which of the n sequences are in global batch `step`. Each occurs once per epoch, reshuffled every epoch."""
     epoch, place = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
     return np.concatenate([permutation(seed, int(e), n)[place[epoch == e]] for e in np.unique(epoch)])
 
 
 def take(tokens: np.ndarray, sequences: np.ndarray, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence i is tokens[i T : i T + T], its targets one further. Two (B, T) int64 tensors on the device."""
+    """Inputs and targets (B, T) int64: sequence i is tokens[i T : i T + T], and its targets are one further."""
     both = torch.from_numpy(tokens[sequences[:, None] * T + np.arange(T + 1)].astype(np.int64))
     if device.type == "cuda":
         both = both.pin_memory()
@@ -196,106 +240,49 @@ def take(tokens: np.ndarray, sequences: np.ndarray, T: int, device) -> tuple[tor
     return both[:, :-1], both[:, 1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+def micro_batches(tokens: np.ndarray, step: int, cfg: TrainConfig, machine: Machine) -> list:
+    """This process's part of global batch `step`: a list of (inputs, targets)."""
+    share, micro = micro_batch(cfg, machine)
+    n_sequences = (len(tokens) - 1) // cfg.train_len
+    mine = batch_sequences(cfg.seed, step, share * machine.world, n_sequences)[machine.rank * share :][:share]
+    return [take(tokens, mine[i : i + micro], cfg.train_len, machine.device) for i in range(0, share, micro)]
 
 
-def open_log(path: Path, step: int):
-    """The log without the lines past `step`, which will be written again, open for more, unbuffered."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    replace_file(path, lambda f: f.writelines(line.encode() + b"\n" for line in kept))
-    return open(path, "ab", buffering=0)
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, checkpoint and log
 
 
 def initial_weights(model: GPT, path: str) -> str:
-    """Load a checkpoint's weights, and of the position embedding's own state what both have."""
+    """Load a checkpoint's weights, and the state of its position embedding where both have it. Raises ValueError."""
     checkpoint = load_checkpoint(path)
     saved, own = checkpoint["model"], model.state_dict()
     weights = {name: x for name, x in saved.items() if ".position." not in name}
     expected = {name: x.shape for name, x in own.items() if ".position." not in name}
     if {name: x.shape for name, x in weights.items()} != expected or checkpoint["config"]["n_head"] != model.cfg.n_head:
-        raise ValueError(f"{path} is a checkpoint of another shape: use the preset and the vocabulary that it was trained with")
+        raise ValueError(f"{path} has another shape: use the preset and the vocabulary that it was trained with")
     kept = {name: x for name, x in saved.items() if ".position." in name and name in own}
     for name, x in kept.items():
         if x.shape != own[name].shape:
-            # FoPE's coefficients, whose last two dimensions are D and M: at another N it keeps more frequencies or fewer. As in the
-            # release, those that both have keep theirs (both lists begin with the highest kept one); the others are as drawn, also
-            # those that n_freqs adds, since they lie elsewhere above another floor.
+            # FoPE's coefficients (.., D, M): at another N, another number of frequencies is kept. Both lists begin with
+            # the highest one. Those in both lists keep their coefficients, as in the release. The rest is as drawn.
             M = min(x.shape[-1], own[name].shape[-1])
             kept[name] = own[name].clone()
             kept[name][..., :M, :M] = x[..., :M, :M]
     model.load_state_dict(own | weights | kept)
     drawn = any(name not in saved or saved[name].shape != x.shape for name, x in own.items() if ".position." in name)
-    return f"weights from {path}" + (", position coefficients that it lacks drawn afresh" if drawn else "")
+    return f"weights from {path}" + (", missing position coefficients drawn anew" if drawn else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Linear warm-up to lr, then a cosine that would reach lr / 10 one step after the last."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    done = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
-    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
-
-
-def train(cfg: TrainConfig) -> Path | None:
-    """The whole run, up to the last checkpoint. Returns where it lies, or None if a signal stopped it before."""
-    stop_asked = []
-
-    def on_signal(number, frame):
-        stop_asked.append(number)
-        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; a scheduler may well send SIGTERM twice
-            signal.signal(number, handlers[number])
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    # Everything that can be wrong with the input is found before anything is written.
-    machine = Machine(cfg)
-    main, device, N = machine.rank == 0, machine.device, cfg.train_len
-    if cfg.data == "data/builtin":
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not Path(cfg.data).exists():
-            machine.say("making the built-in corpus")
-            prepare.builtin(Path(cfg.data))
-    machine.sum(0)  # the others of this machine wait for it, and all for each other: from here on they fail alike
-    tokens, meta = prepare.load(cfg.data, "train")
-    val_tokens, _ = prepare.load(cfg.data, "val")
-    cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
-    for name, array in (("train", tokens), ("val", val_tokens)):
-        if len(array) <= N:
-            fail(f"{cfg.data}/{name}.bin has {len(array)} tokens: a sequence takes {N + 1} (--train_len plus one)")
-        if array.max() >= cfg.vocab_size:
-            fail(f"{cfg.data}/{name}.bin has token {array.max()}, outside the vocabulary of {cfg.vocab_size}")
-    n_sequences = (len(tokens) - 1) // N
-    share, remainder = divmod(cfg.batch_tokens, N * machine.world)  # sequences a step on this process
-    if remainder or not share:
-        fail(f"--batch_tokens {cfg.batch_tokens} is not a multiple of {N} tokens x {machine.world} processes")
-    micro = next(m for m in range(min(share, max(cfg.micro_tokens // N, 1)), 0, -1) if share % m == 0)
-    if cfg.eval_trials:  # hours later would be late to hear that the evaluation cannot work
-        skip = "--eval_trials=0 trains without the evaluation"
-        try:
-            prepare.passkey_document(prepare.get_tokenizer(meta["tokenizer"], cfg.data), N, 12_345, 0.5)
-        except ValueError as error:
-            fail(f"{error}: name a longer --train_len; {skip}")
-        if len(val_tokens) <= 16 * N:
-            fail(f"{cfg.data}/val.bin has {len(val_tokens)} tokens: the evaluation takes {16 * N + 1} (16 x --train_len, plus one); {skip}")
-
-    out, start = Path(cfg.out), 0
+def build_or_resume(cfg: TrainConfig, meta: dict, machine: Machine) -> tuple[GPT, torch.optim.Optimizer, int]:
+    """The model, its optimizer and the step to start from."""
+    out = Path(cfg.out)
     if out.exists() and not cfg.resume:
-        fail(f"{out} exists: --resume goes on with it, --out=NAME starts another")
+        fail(f"{out} exists: --resume continues it, --out=NAME starts another run")
     try:
-        raw = GPT(cfg)
+        model = GPT(cfg)
         checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
         if cfg.init_from and not checkpoint:
-            machine.say(initial_weights(raw, cfg.init_from))
+            machine.say(initial_weights(model, cfg.init_from))
     except ValueError as error:
         fail(str(error))
     if checkpoint:
@@ -303,147 +290,205 @@ def train(cfg: TrainConfig) -> Path | None:
         if other:
             fail(f"{out} was trained with other settings: " + " ".join(f"--{k}={v}" for k, v in other.items()))
         if checkpoint.get("data") != meta.get("train"):
-            fail(f"{out} was trained on other data than {cfg.data}: name the same --data")
-        raw.load_state_dict(checkpoint["model"])
-    raw.to(device)
-    raw.reserve(N)  # before torch.compile
-    decay = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay)
-    optimizer = torch.optim.AdamW(raw.parameters(), **decay, fused=device.type in ("cuda", "cpu"))
+            fail(f"{out} was trained on other data than {cfg.data}: use the same --data")
+        model.load_state_dict(checkpoint["model"])
+    model.to(machine.device)
+    model.reserve(cfg.train_len)  # before torch.compile
+    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay)
+    fused = machine.device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(model.parameters(), **options, fused=fused)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-    first = machine.sum(float(start) if main else 0.0)[0]
-    if machine.sum(float(start != first))[0]:  # behind this sum every process has looked: one may write
+    start = checkpoint["step"] if checkpoint else 0
+    first = machine.sum(float(start) if machine.main else 0.0)[0]
+    if machine.sum(float(start != first))[0]:  # from here on, the main process may write
         fail(f"the machines do not see the same checkpoint in {out}: --out must be a folder that all of them share")
+    return model, optimizer, start
 
-    log = None
-    if main:
+
+def save(model: GPT, optimizer, step: int, cfg: TrainConfig, meta: dict, machine: Machine) -> None:
+    """Replace the checkpoint as a whole. If that fails, every process stops at this step."""
+    error = None
+    if machine.main:
+        facts = {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "data": meta.get("train")}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         try:
-            log = open_log(out / "log.jsonl", start)
-        except OSError as error:
-            fail(f"{out} cannot be written: {error}")
+            replace_file(Path(cfg.out) / "ckpt.pt", lambda f: torch.save(facts | state, f))
+        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+            error = one_line(e)
+    if machine.sum(float(error is not None))[0]:
+        fail(f"the checkpoint of step {step} could not be written ({error}): free the disk, then --resume")
 
+
+class Log:
+    """log.jsonl, and Weights & Biases with --wandb. Only the main process writes.
+
+    The file is locked. Lines past `step` are cut off, since the run will write them again. A line that a full disk
+    cannot take waits for the next one. `error` says what went wrong.
+    """
+
+    def __init__(self, cfg: TrainConfig, step: int, machine: Machine):
+        self.path, self.waiting, self.error = Path(cfg.out) / "log.jsonl", bytearray(), ""
+        self.file = self.wandb = None
+        if not machine.main:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = lock(self.path)
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            self.file.truncate(sum(len(x) for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step))
+        except OSError as error:
+            fail(f"{cfg.out} cannot be written: {error}")
+        if cfg.wandb:
+            try:
+                import wandb
+            except ImportError:
+                fail("--wandb needs the package wandb: pip install wandb")
+            self.wandb = wandb.init(project="fope", name=Path(cfg.out).name, config=asdict(cfg))
+
+    def write(self, step: int, **values) -> None:
+        if self.wandb:
+            self.wandb.log(values, step=step)
+        self.waiting += json.dumps({"step": step} | values).encode() + b"\n"
+        try:
+            while self.file and self.waiting:  # a full disk may take half a line
+                del self.waiting[: self.file.write(self.waiting)]
+        except OSError as error:
+            self.error = f"{self.path} could not be written ({error}): free the disk, then --resume"
+
+
+@torch.no_grad()
+def validate(model: GPT, val_tokens: np.ndarray, cfg: TrainConfig, machine: Machine) -> float:
+    """Mean loss in nats over the first eval_tokens of the validation text, in sequences of N."""
+    mine = np.arange(min(cfg.eval_tokens, len(val_tokens) - 1) // cfg.train_len)[machine.rank :: machine.world]
+    _, micro = micro_batch(cfg, machine)
+    total = 0.0
+    for i in range(0, len(mine), micro):
+        x, y = take(val_tokens, mine[i : i + micro], cfg.train_len, machine.device)
+        with machine.autocast():
+            total += model(x, y).item() * len(x)
+    total, count = machine.sum(total, len(mine))
+    return total / max(count, 1)
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Linear warmup to lr, then a cosine that would reach lr / 10 one step after the last."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    done = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
+    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+stop_signals = []  # the signals that have asked this process to stop
+
+
+def ask_to_stop(number, frame) -> None:
+    stop_signals.append(number)
+    if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; a scheduler may send SIGTERM twice
+        signal.signal(number, signal.default_int_handler)
+
+
+def train(cfg: TrainConfig) -> bool:
+    """The whole run up to its last checkpoint. False if a signal asked it to stop."""
+    stop_signals.clear()
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Everything that can be wrong with the input is found before anything is written.
+    machine = Machine(cfg)
+    tokens, val_tokens, meta = load_data(cfg, machine)
+    share, micro = micro_batch(cfg, machine)
+    raw, optimizer, start = build_or_resume(cfg, meta, machine)
+    log = Log(cfg, start, machine)
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # they never change; the argument of this name is deprecated since torch 2.13
-
-    unwritten, broken = bytearray(), []  # what the log could not take yet, and why
-
-    def record(**line):
-        if main:
-            unwritten.extend(json.dumps(line).encode() + b"\n")
-            try:
-                while unwritten:  # a full disk may take half a line: the next one begins with the rest
-                    del unwritten[: log.write(unwritten)]
-            except OSError as error:
-                broken.append(f"{out}/log.jsonl could not be written ({error}): free the disk, then --resume")
-
-    def save(step: int) -> None:
-        error = None
-        if main:
-            try:
-                state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict()}
-                facts = {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "data": meta.get("train")}
-                replace_file(out / "ckpt.pt", lambda f: torch.save(facts | state, f))
-            except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-                error = one_line(e)
-        if machine.sum(float(error is not None))[0]:  # all stop at the same step
-            fail(f"the checkpoint of step {step} could not be written ({error}): free the disk, then --resume")
-
-    @torch.no_grad()
-    def validate() -> float:
-        """Mean loss over the first eval_tokens of the validation text, in sequences of N."""
-        mine = np.arange(min(cfg.eval_tokens, len(val_tokens) - 1) // N)[machine.rank :: machine.world]
-        total = 0.0
-        for i in range(0, len(mine), micro):
-            x, y = take(val_tokens, mine[i : i + micro], N, device)
-            with machine.autocast():
-                total += raw(x, y).item() * len(x)
-        total, count = machine.sum(total, len(mine))
-        return total / max(count, 1)
-
     machine.say(
-        f"{cfg.pos}, {raw.n_params():,} parameters (one embedding counted), N = {N}\n"
-        f"{n_sequences:,} sequences, {cfg.batch_tokens * cfg.steps / len(tokens):.2f} epochs in {cfg.steps} steps of "
-        f"{cfg.batch_tokens:,} tokens = {machine.world} processes x {share // micro} micro batches x {micro} sequences\n"
-        f"to {out}" + (f", from step {start}" if start else "")
+        f"{cfg.pos}, {raw.n_params():,} parameters (one embedding counted), N = {cfg.train_len}\n"
+        f"{cfg.steps} steps of {cfg.batch_tokens:,} tokens, {cfg.batch_tokens * cfg.steps / len(tokens):.2f} epochs; "
+        f"a step is {machine.world} processes x {share // micro} micro-batches x {micro} sequences\n"
+        f"to {cfg.out}" + (f", from step {start}" if start else "")
     )
 
-    def batch(step: int) -> list:
-        """This process's micro batches of a step."""
-        mine = batch_sequences(cfg.seed, step, share * machine.world, n_sequences)[machine.rank * share :][:share]
-        return [take(tokens, mine[i : i + micro], N, device) for i in range(0, share, micro)]
-
-    done, upcoming = start, batch(start)
-    logged_at, logged_step = time.perf_counter(), start
-    for step in range(start, cfg.steps):
+    upcoming = micro_batches(tokens, start, cfg, machine)
+    done, logged_at, logged_step = start, time.perf_counter(), start
+    for done in range(start + 1, cfg.steps + 1):
+        # ------------------------------------------------------------------------------------------------- batch, step
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        loss = torch.zeros((), device=device)
+            group["lr"] = learning_rate(done - 1, cfg)
+        loss = torch.zeros((), device=machine.device)
         for i, (x, y) in enumerate(upcoming):
             last = i == len(upcoming) - 1
-            with nullcontext() if last or machine.world == 1 else model.no_sync():  # gradients meet once a step
+            with nullcontext() if last or machine.world == 1 else model.no_sync():  # one all-reduce per step
                 with machine.autocast():
                     micro_loss = model(x, y) / len(upcoming)
                 micro_loss.backward()
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.clip)
-        upcoming = batch(step + 1)  # while the accelerator works
-        loss, stop = machine.sum(loss.item(), float(bool(stop_asked or broken)))
+        upcoming = micro_batches(tokens, done, cfg, machine)  # the next ones, while the accelerator works
+        loss, stop = machine.sum(loss.item(), float(bool(stop_signals or log.error)))
         loss, norm = loss / machine.world, norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            fail(f"loss {loss}, gradient norm {norm} at step {step + 1}: the last checkpoint is from before")
+            fail(f"loss {loss}, gradient norm {norm} at step {done}: the last checkpoint is from before")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-        done = step + 1
         stopping = stop > 0 or done == cfg.steps
+
+        # --------------------------------------------------------------------------------------------------------- log
         if done % cfg.log_every == 0 or done == start + 1 or stopping:
-            now = time.perf_counter()
-            speed = (done - logged_step) * cfg.batch_tokens / (now - logged_at) if done > start + 1 else None  # 1: compiling
-            share_of_peak = 6 * raw.n_params() * speed / (machine.world * machine.peak) if speed and machine.peak else None
+            now, speed, mfu = time.perf_counter(), None, None
+            if done > start + 1:  # the first step compiles
+                speed = round((done - logged_step) * cfg.batch_tokens / (now - logged_at))
+                mfu = machine.peak and 6 * raw.n_params() * speed / (machine.world * machine.peak)
             rate = optimizer.param_groups[0]["lr"]
-            if done % cfg.log_every == 0 or done in (1, cfg.steps):  # the same lines, stopped and resumed or not
-                record(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed and round(speed), share_of_peak=share_of_peak)
+            if done % cfg.log_every == 0 or done in (1, cfg.steps):  # the same lines, whether it was stopped or not
+                log.write(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
             text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
             if speed:
-                text += f"  {speed:,.0f} tokens/s" + (f"  {share_of_peak:.1%} of peak" if share_of_peak else "")
-                text += f"  {clock((cfg.steps - done) * cfg.batch_tokens / speed)} left"
+                left = time.strftime("%H:%M:%S", time.gmtime((cfg.steps - done) * cfg.batch_tokens / speed))
+                text += f"  {speed:,} tokens/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  {left} left"
             machine.say(text)
             logged_at, logged_step = time.perf_counter(), done
+
+        # ---------------------------------------------------------------------------------------------------- validate
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            val_loss = validate()
-            record(step=done, val_loss=val_loss)
+            val_loss = validate(raw, val_tokens, cfg, machine)
+            log.write(step=done, val_loss=val_loss)
             machine.say(f"step {done}/{cfg.steps}  validation loss {val_loss:.4f}")
             logged_at, logged_step = time.perf_counter(), done
+
+        # -------------------------------------------------------------------------------------------------------- save
         if done % cfg.save_every == 0 or stopping:
-            save(done)
+            save(raw, optimizer, done, cfg, meta, machine)
         if stopping:
             break
+
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if dist.is_initialized():
-        del model  # DDP holds the group: let go of first, or tearing gloo down hangs once in a while
+        del model  # DDP holds the process group: without this, the end of gloo sometimes hangs
         dist.barrier()
         dist.destroy_process_group()
     if done < cfg.steps:
-        machine.say(f"stopped and saved at step {done}: --resume goes on")
-    if broken:
-        fail(broken[0])
-    return out if main and done == cfg.steps and not stop_asked else None
+        machine.say(f"stopped and saved at step {done}: --resume continues")
+    if log.error:
+        fail(log.error)
+    return done == cfg.steps and not stop_signals
 
 
 def main() -> None:
     cfg = parse_flags(sys.argv[1:])
-    out = train(cfg)
-    if out:
-        plot.loss_figure([out / "log.jsonl"], out / "loss.png")
-    if out and cfg.eval_trials:
-        eval_passkey.main([str(out), f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}"])
+    finished = train(cfg)
+    if os.environ.get("RANK", "0") == "0":
+        plot.loss_figure([Path(cfg.out) / "log.jsonl"], Path(cfg.out) / "loss.png")
+        if finished and cfg.eval_trials:
+            options = [f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}"]
+            eval_passkey.main([cfg.out, *options])
     if "RANK" in os.environ:
-        # DDP never lets go of its process group: gloo's threads outlive it, and now and then Python's own end, when it
-        # comes to them, aborts a process that has done all its work.
+        # DDP never releases its process group. gloo's threads outlive it, and sometimes abort the process at its end.
         sys.stdout.flush()
         os._exit(0)
 

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import plot
-from data.prepare import builtin, fail, replace_file
+from data.files import fail, replace_file
+from data.prepare import builtin
 from eval_passkey import numbers
 from train import parse_flags
 

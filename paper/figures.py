@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import prepare
+from data.files import fail
+from data.prepare import load
 from fope import FoPE, RoPE, rope_frequencies
 from model import load_model
 from paper import experiments
@@ -235,8 +236,8 @@ def measure_qk(folders: list[str]) -> None:
             if (model.cfg.head_dim, model.cfg.train_len) != (HEAD_DIM, N):
                 raise ValueError(f"{folder} has head_dim {model.cfg.head_dim} and N = {model.cfg.train_len}: the figure is of {HEAD_DIM} and {N}")
         except ValueError as error:
-            prepare.fail(str(error))
-        tokens, _ = prepare.load(checkpoint["config"]["data"], "val")
+            fail(str(error))
+        tokens, _ = load(checkpoint["config"]["data"], "val")
         seen = []  # (q, k) of each layer, each (n_head, head_dim)
         for block in model.blocks:
             block.attention.position.register_forward_pre_hook(lambda module, qk, seen=seen: seen.append([x.abs().mean((0, 2)) for x in qk[:2]]))

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 import eval_passkey
 import plot
 from data import prepare
+from data.passkey import passkey_document
+from data.tokenizer import get_tokenizer
 from model import GPT
 from train import TrainConfig
 
 FLOAT32 = contextlib.nullcontext  # no autocast
-BYTES = prepare.byte_tokenizer()
+BYTES = get_tokenizer("bytes")
 
 
 def make_model(train_len=256, **changes):
@@ -95,7 +97,7 @@ def test_text_stands_before_a_shorter_prompt():
     for document, depth in zip(documents, depths):
         key = int(BYTES.decode(document[-5:].tolist()))
         assert document[:300].tolist() == text.tolist()
-        assert document[300:].tolist() == prepare.passkey_document(BYTES, 300, key, depth)[0]
+        assert document[300:].tolist() == passkey_document(BYTES, 300, key, depth)[0]
 
 
 def greedy_right(model, documents, answers):

@@ -15,6 +15,7 @@ import pytest
 
 import train
 from data import prepare
+from data.tokenizer import get_tokenizer
 from model import position_embedding
 from paper import experiments
 
@@ -94,7 +95,7 @@ def folder_with_a_corpus(folder):
     for name in ("train.py", "eval_passkey.py"):
         (folder / name).symlink_to(ROOT / name)
     text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, dtype=np.uint8).astype(np.uint16)
-    prepare.write(folder / "data/builtin", prepare.byte_tokenizer(), text, text[:2000], {"source": "a fox"})
+    prepare.write(folder / "data/builtin", get_tokenizer("bytes"), text, text[:2000], {"source": "a fox"})
 
 
 def test_one_is_stopped_finished_and_not_run_again(tmp_path):

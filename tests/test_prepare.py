@@ -1,15 +1,13 @@
-"""data/prepare.py: whatever servers, files, disks, kills and Ctrl-C do, a folder has exactly its tokens or is not there.
+"""data/: whatever files, servers and kills do, a folder has exactly its tokens or is not there.
 
-What is expected is computed here in the plainest way: whole texts in memory and tiktoken's encode_ordinary.
+The oracle is the tokenizer's own library on whole texts in memory.
 """
 
 import base64
-import errno
 import gzip
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import os
 import random
@@ -20,7 +18,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -29,185 +26,64 @@ import pyarrow.parquet
 import pytest
 import requests
 import tiktoken
+import tokenizers
 
-import eval_passkey
-import train
-from data import prepare
-from stops import KILL, on_call
+from data import prepare, read, tokenizer
+from data.files import lock, replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1"}
-BYTES = prepare.byte_tokenizer()
-ODD = ["naïve café", "\U0001f600", "日本語", "don't we'll", "<|endoftext|>", "\r\n\t", "\x1c\u2003\u00a0", "x" * 300]
+BYTES = tokenizer.get_tokenizer("bytes")
+ODD = [
+    "",
+    "naïve café",
+    "\U0001f600",
+    "日本語",
+    "don't we'll",
+    "<|endoftext|>",
+    "a\r\n\tb",
+    "\x1c\u2003\u00a0",
+    "x" * 300,
+]
+BOM = b"\xef\xbb\xbf"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts, their tokens, and files of them
-
-
-def documents(n, seed, words=40):
-    """n texts of random words, most of them with something odd at the end."""
+def texts(n, seed=0, words=40):
+    """n different texts of random words, most of them with something odd at the end."""
     rng = random.Random(seed)
-    texts = []
-    for _ in range(n):
-        text = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 9))) for _ in range(rng.randint(1, words))]
-        texts.append(" ".join(text + [rng.choice(["", *ODD])]))
-    return texts
+    word = lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 9)))
+    return [" ".join([*(word() for _ in range(rng.randint(2, words))), rng.choice(ODD)]) for _ in range(n)]
 
 
-def tokens(texts, tokenizer=BYTES):
-    flat = []
-    for text in texts:
-        flat += tokenizer.encode_ordinary(text) + [tokenizer.encode_single_token("<|endoftext|>")]
-    return np.array(flat, dtype=np.uint16)
+def tokens(some, encoding=BYTES.encoding):
+    return [token for text in some for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
 
 
 def held_out(text):
     return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8], 16) < 0.01 * 2**32
 
 
-def lines(texts):
-    return "".join(json.dumps({"url": "u", "text": text}) + "\n" for text in texts).encode()
+def lines(some):
+    return "".join(json.dumps({"url": "u", "text": text}) + "\n" for text in some).encode()
 
 
-def parquet(texts, column="TEXT"):
+def parquet(some, column="text"):
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"source": ["s"] * len(texts), column: texts}), file)
+    pyarrow.parquet.write_table(pyarrow.table({"source": ["s"] * len(some), column: some}), file)
     return file.getvalue()
 
 
-def ranks_file(ranked):
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranked))
+def write(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
-def flipped(content, place):
-    return content[:place] + bytes([content[place] ^ 1]) + content[place:][1:]
-
-
-def assert_folder(out, train_tokens, val_tokens, **facts):
-    """The folder `out` has these tokens, a true description of them, and nothing else."""
-    meta = json.loads((out / "meta.json").read_text())
-    for split, expected in (("train", train_tokens), ("val", val_tokens)):
-        assert (out / f"{split}.bin").read_bytes() == expected.tobytes()
-        assert meta[split]["tokens"] == len(expected) > 0
-        assert meta[split]["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
-    assert {name: meta[name] for name in facts} == facts
-    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
-    assert not out.with_name(out.name + ".partial").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A server with faults, and commands that use it
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        hub, name, wanted = self.server, self.path.rpartition("/")[2], self.headers["Range"]
-        body = hub.files.get(self.path)
-        fault = next(hub.faults.get(name, iter(())), 404 if body is None else "")
-        first = int(wanted[len("bytes=") : -1]) if wanted and "ignores Range" not in str(fault) else 0
-        good = 200 if first == 0 else 206 if first < len(body) else 416
-        status = 0 if fault == "no HTTP" else fault if isinstance(fault, int) else good
-        content = body[first:] if status in (200, 206) else b""
-        if "cut" in str(fault) or fault == "stall":
-            content = content[: len(content) // 2]
-        hub.log.append((name, wanted, len(content)))
-        if status == 0:
-            self.wfile.write(b"what?\r\n\r\n")
-            return
-        self.send_response(status)
-        if status == 302:
-            self.send_header("Location", hub.url + self.path)
-        if good != 200 and status == good and fault != "no Content-Range":
-            self.send_header("Content-Range", f"bytes {f'{first}-{len(body) - 1}' if good == 206 else '*'}/{len(body)}")
-        if status in (200, 206):
-            self.send_header("Content-Length", str(len(body) - first + 100 * ("too long" in fault) - 100 * ("too short" in fault)))
-        self.end_headers()
-        self.wfile.write(content)
-        if fault == "stall":
-            self.wfile.flush()
-            hub.stalled.set()
-            self.connection.recv(1)  # until the client goes away
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """Serves files (path -> bytes) and keeps a log: (name, Range or None, bytes sent).
-
-    faults[name] is an iterator: each request of a file of that name meets its next fault, an HTTP status or a word.
-    """
-
-    def __init__(self, files):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.url, self.files, self.faults, self.log = f"http://127.0.0.1:{self.server_port}", files, {}, []
-        self.stalled = threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        pass  # the client went away
-
-
-VAL = [f"c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)]
-TRAIN = [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(4)]
-TEXTS = {name: documents(4, name) for name in VAL} | {name: documents(60, name) for name in TRAIN}
-TEXTS[TRAIN[1]] += ["half of a pair: \ud83d", "the wrong way round: \ude00\ud83d"]
-TEXTS[VAL[2]] += documents(1, 0, 10_000)  # so that half of this shard is more than what waits in buffers
-C4_VAL = tokens([text for name in VAL for text in TEXTS[name]])
-C4_TRAIN = tokens([text for name in TRAIN[:3] for text in TEXTS[name]])  # --tokens ends with the third shard
-
-
-def c4_hub():
-    return Hub({f"/datasets/allenai/c4/resolve/main/en/{name}": gzip.compress(lines(texts)) for name, texts in TEXTS.items()})
-
-
-def c4_command(hub, out, workers=2):
-    return ["c4", f"--tokens={len(C4_TRAIN)}", f"--base_url={hub.url}", f"--out={out}", f"--workers={workers}", "--tokenizer=bytes"]
-
-
-def start(argv, patch=None):
-    """data/prepare.py, or its main() patched, as the leader of a process group."""
-    code = f"import multiprocessing, os, resource, signal, sys, time\nfrom data import prepare\n{patch}\nprepare.main(sys.argv[1:])"
-    # -X dev says what newer Pythons say anyway: that a file collected as garbage could not be closed.
-    command = [sys.executable, *(["-X", "dev", "-W", "ignore", "-c", code] if patch else [ROOT / "data" / "prepare.py"]), *argv]
-    return subprocess.Popen(command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-
-
-def finish(process):
-    """Wait for it and for its workers, who hold the same pipes: a CompletedProcess."""
-    try:
-        stdout, stderr = process.communicate(timeout=50)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-class Here:
-    """In place of the pool of processes: everything in this one."""
-
-    def __init__(self, workers, context, initializer, arguments):
-        (prepare.worker_tokenizer,) = arguments
-
-    def submit(self, function, *args):
-        future = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **kwargs):
-        pass
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """main() in this process, without workers and long pauses."""
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(prepare, "PAUSE", 0.001)
-    monkeypatch.setattr(sys, "argv", ["prepare.py"])
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def main(folder, argv, out="out"):
+    """prepare.py in this process on files in `folder`: (training tokens, validation tokens, meta.json)."""
+    prepare.main([*argv.format(d=folder).split(), f"--out={folder / out}"])
+    (train, meta), (val, _) = (prepare.load(folder / out, split) for split in ("train", "val"))
+    assert not (folder / f"{out}.partial").exists()
+    return train.tolist(), val.tolist(), meta
 
 
 def refused(capsys, function, *args):
@@ -215,541 +91,563 @@ def refused(capsys, function, *args):
     with pytest.raises(SystemExit) as end:
         function(*args)
     said = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
-    assert len(said) == 1, said
+    assert end.value.code == 2 and len(said) == 1, said
     return said[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads
-
-
-class Stop:
-    """In place of the event that stops a download: never set; waits for nothing and notes for how long it should."""
-
-    def __init__(self):
-        self.pauses = []
-
-    def is_set(self):
-        return False
-
-    def wait(self, seconds):
-        self.pauses.append(seconds)
-        assert len(self.pauses) < 99
-
-
-BODY = random.Random(0).randbytes(200_000)
-CUT, REST = (None, 100_000), ("bytes=100000-", 100_000)  # (Range, bytes sent)
-FAULTS = {  # what the server does, the requests it gets, the pauses between them
-    "nothing": ([], [(None, 200_000)], []),
-    "cut": (["cut"], [CUT, REST], [1]),
-    "cut again and again": (["cut"] * 3, [CUT, (REST[0], 50_000), ("bytes=150000-", 25_000), ("bytes=175000-", 25_000)], [1, 1, 1]),
-    "stall": (["stall"], [CUT, REST], [1]),
-    "busy": ([503, 429, 408, 500, 502, 503, 504], [(None, 0)] * 7 + [(None, 200_000)], [1, 2, 4, 8, 16, 32, 64]),
-    "busy, cut, busy": ([503, 503, "cut", 503], [(None, 0), (None, 0), CUT, (REST[0], 0), REST], [1, 2, 1, 2]),
-    "ignores Range": (["cut", "ignores Range"], [CUT, (REST[0], 200_000)], [1]),
-    "announces too much": (["too long"], [(None, 200_000), ("bytes=200000-", 0)], [1]),
-    "no HTTP": (["no HTTP"], [(None, 0), (None, 200_000)], [1]),
-    "moved": (["cut", 302], [CUT, (REST[0], 0), REST], [1]),
-    "206 without Content-Range": (["cut", "no Content-Range"], [CUT, REST, REST], [1, 2]),
-}
-
-
-@pytest.fixture
-def hub():
-    return Hub({"/file": BODY})
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_download_over_a_bad_connection(monkeypatch, here, hub, tmp_path, name):
-    faults, asked, pauses = FAULTS[name]
-    hub.faults["file"], stop = iter(faults), Stop()
-    monkeypatch.setattr(prepare, "TIMEOUT", 0.5)
-    monkeypatch.setattr(prepare, "PAUSE", 1.0)
-    for _ in range(2):  # the second time it is there
-        prepare.download(hub.url + "/file", tmp_path / "file", stop)
-        assert (tmp_path / "file").read_bytes() == BODY
-        assert [(wanted, sent) for _, wanted, sent in hub.log] == asked
-        assert stop.pauses == pauses
-
-
-HOPELESS = {  # what the server does without end, in how many attempts it is given up, what the line says
-    "missing": (404, 1, "404"),
-    "forbidden": (403, 1, "403"),
-    "416 for a whole file": (416, 1, "416"),
-    "busy": (503, 8, "8 attempts .*503.*the same command goes on"),
-    "no HTTP": ("no HTTP", 8, "8 attempts .*what"),
-    "always cut at one place": ("cut, ignores Range", 8, "8 attempts .*100000 of 200000"),
-    "always announces too much": ("too long, ignores Range", 8, "8 attempts .*200000 of 200100"),
-}
-
-
-@pytest.mark.parametrize("name", HOPELESS)
-def test_download_gives_up(here, hub, tmp_path, name):
-    fault, attempts, said = HOPELESS[name]
-    hub.faults["file"] = itertools.repeat(fault)
-    with pytest.raises(prepare.Broken, match=f"(?s){hub.url}/file .*{said}"):
-        prepare.download(hub.url + "/file", tmp_path / "file", Stop())
-    assert len(hub.log) == attempts and not (tmp_path / "file").exists()
-
-
-def test_download_gives_up_where_nothing_listens(here, hub, tmp_path):
-    hub.shutdown()
-    hub.server_close()
-    with pytest.raises(prepare.Broken, match="8 attempts"):
-        prepare.download(hub.url + "/file", tmp_path / "file", Stop())
-
-
-@pytest.mark.parametrize("left, asked", [(BODY[:70_000], ["bytes=70000-"]), (BODY, ["bytes=200000-"]), (BODY + b"more", ["bytes=200004-", None])])
-def test_download_goes_on_with_what_an_earlier_run_left(here, hub, tmp_path, left, asked):
-    (tmp_path / "file.part").write_bytes(left)
-    prepare.download(hub.url + "/file", tmp_path / "file", Stop())
-    assert (tmp_path / "file").read_bytes() == BODY
-    assert [wanted for _, wanted, _ in hub.log] == asked
-
-
-def test_download_stops_when_told_to(monkeypatch, here, hub, tmp_path):
-    stop = threading.Event()
-    stop.set()
-    monkeypatch.setattr(prepare, "CHUNK", 1000)
-    prepare.download(hub.url + "/file", tmp_path / "file", stop)
-    assert not (tmp_path / "file").exists()
-    assert (tmp_path / "file.part").stat().st_size == 1000
-    hub.faults["file"] = itertools.repeat(503)
-    prepare.download(hub.url + "/file", tmp_path / "file", stop)
-    assert len(hub.log) == 2
+def test_the_built_in_corpus_is_byte_for_byte_what_it_was(monkeypatch, tmp_path):
+    documents = [(f"{i}.py", text) for i, text in enumerate(texts(3000))]
+    monkeypatch.setattr(prepare, "standard_library", lambda: ("random words", documents))
+    meta = prepare.builtin(tmp_path / "out")
+    assert meta["train"] == {
+        "tokens": 1_935_360,
+        "sha256": "6ff4f9bf715658a24edb219d818513d8939949f583a4c0cfd7812e6c425dd2bc",
+    }
+    assert meta["val"] == {
+        "tokens": 12_838,
+        "sha256": "3097f850a786da487bc9d9f3c5e05cc2ddbf4f619d4181308924de39f5f308a2",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# C4: the same bytes with any number of workers, over a bad connection, and however often it was stopped
+# What is read
 
-IMPATIENT = "prepare.PAUSE, prepare.TIMEOUT, prepare.CHUNK = 0.01, 1.0, 3000"
-C4_FAULTS = {
-    VAL[2]: ["cut", "cut", "stall"],
-    VAL[5]: [503, "cut", "ignores Range"],
-    TRAIN[0]: ["no HTTP", "stall", 302],
-    TRAIN[1]: ["too long"],
-    TRAIN[2]: ["cut", 429, "no Content-Range"],
-}
-
-
-def test_same_bytes_with_any_number_of_workers_and_over_a_bad_connection(tmp_path):
-    good, bad = c4_hub(), c4_hub()
-    bad.faults = {name: iter(faults) for name, faults in C4_FAULTS.items()}
-    started = {workers: start(c4_command(good, tmp_path / f"{workers}", workers)) for workers in (1, 3)}
-    started[2] = start(c4_command(bad, tmp_path / "2"), IMPATIENT)
-    for workers, process in started.items():
-        end = finish(process)
-        assert (end.returncode, end.stderr) == (0, "")
-        assert_folder(tmp_path / f"{workers}", C4_TRAIN, C4_VAL, source="c4", tokenizer="bytes", vocab_size=257, shards=VAL + TRAIN[:3])
-        assert (tmp_path / f"{workers}" / "meta.json").read_bytes() == (tmp_path / "1" / "meta.json").read_bytes()
-    assert [list(faults) for faults in bad.faults.values()] == [[]] * len(C4_FAULTS)  # all of them were met
-
-
-HEED_CTRL_C = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell starts background jobs with it ignored
-CTRL_C = f"{HEED_CTRL_C}; os.killpg(0, signal.SIGINT)"  # all processes get it
-KILL_WORKERS = "[child.kill() for child in multiprocessing.active_children()]"
-FULL_DISK = "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))"
-
-
-# What stops the command (a number: the signal that it gets from outside while a download stalls), its status, how many
-# shards are done then. One after another in one folder: each goes on where the one before ended. Progress is called after
-# each chunk of tokens: a validation shard is one, a training shard several. replace writes the state, and meta.json.
-STOPS = {
-    "killed during a download": (signal.SIGKILL, -9, 2),
-    "Ctrl-C during a download": (signal.SIGINT, 130, 2),
-    "Ctrl-C while the workers start": (on_call("prepare.ProcessPoolExecutor.submit", 1, f"real(*args); time.sleep(0.1); {CTRL_C}"), 130, 2),
-    "killed in the middle of a shard": (on_call("prepare.Progress.__call__", 8, KILL), -9, 8),
-    "killed between the tokens and the state": (on_call("prepare.replace", 1, KILL), -9, 8),
-    "Ctrl-C in the middle of a shard": (on_call("prepare.Progress.__call__", 2, CTRL_C), 130, 8),
-    "workers killed": ("prepare.CHUNK = 300" + on_call("prepare.Progress.__call__", 2, KILL_WORKERS), 2, 8),  # much is to come
-    "killed after the state": (on_call("prepare.replace", 1, f"real(*args); {KILL}"), -9, 9),
-    "full disk": (on_call("prepare.Progress.__call__", 1, FULL_DISK), 2, 9),
-    "killed before the rename": (on_call("prepare.replace", 3, f"real(*args); {KILL}"), -9, 11),
-}
-SAID = {"workers killed": "a worker was killed", "full disk": os.strerror(errno.EFBIG)}
+A = texts(200, seed=4)  # two of them are held out
+BAD = b'{"text": null}\n{"url": "u"}\n["text"]\n7\n{"text": 7}\n{text}\n{"text": "\xe9"}\n'
+READ = {  # {file: content}, the documents in it; FLAGS as one more
+    ".jsonl": ({"a.jsonl": lines(A)}, A),
+    ".ndjson": ({"a.ndjson": lines(A)}, A),
+    ".json": ({"a.json": lines(A)}, A),
+    ".JSONL": ({"a.JSONL": lines(A)}, A),
+    ".jsonl.gz": ({"a.jsonl.gz": gzip.compress(lines(A))}, A),
+    ".TXT.GZ": ({"a.TXT.GZ": gzip.compress(A[0].encode())}, A[:1]),
+    ".parquet": ({"a.parquet": parquet(A)}, A),
+    "a column TEXT": ({"a.parquet": parquet(A, "TEXT")}, A),
+    "another column": ({"a.parquet": parquet(A, "body")}, A, "--text_column=body"),
+    "another key": ({"a.jsonl": lines(A).replace(b'"text"', b'"body"')}, A, "--text_column=body"),
+    "several files": ({"a.jsonl": lines(A), "b.txt": b"one", "c.txt": b"", "d.parquet": parquet(A)}, [*A, "one", *A]),
+    "a blank third line": ({"a.jsonl": lines(A[:2]) + b"\n \r\n" + lines(A[2:])}, A),
+    "CRLF lines": ({"a.jsonl": lines(A).replace(b"\n", b"\r\n")}, A),
+    "CRLF kept": ({"a.txt": b"one\r\ntwo\rthree\r\n"}, ["one\r\ntwo\rthree\r\n"]),
+    "a mark before text": ({"a.txt": BOM + b"one"}, ["one"]),
+    "a mark before JSON": ({"a.jsonl": BOM + lines(A)}, A),
+    "a mark before gzipped JSON": ({"a.jsonl.gz": gzip.compress(BOM + b"\n" + lines(A))}, A),
+    "an empty text": ({"a.jsonl": lines(["", *A, ""])}, A),
+    "halves of pairs": ({"a.jsonl": lines([*A, "half: \ud83d", "\ude00\ud83d"])}, [*A, "half: \ud83d", "\ude00\ud83d"]),
+    "no last newline": ({"a.jsonl": lines(A)[:-1]}, A),
+    "a bad record of each kind": ({"a.jsonl": BAD + lines(A)}, A),
+    "bad records in front": ({"a.jsonl": b"?\n" * 99 + lines(A)}, A),
+    "one bad in a hundred": ({"a.jsonl": b"?\n" * 100 + lines(A * 50)}, A * 50),
+    "nulls in Parquet": ({"a.parquet": parquet([None, *A, None])}, A),
+    "broken UTF-8 in Parquet": ({"a.parquet": parquet(["(XX)", *A]).replace(b"(XX)", b"(\xff\xff)")}, A),
+    "a long line": ({"a.jsonl": lines(["word " * 400_000, *A])}, ["word " * 400_000, *A]),
+    "a long text": ({"a.txt": b"word\n" * 600_000}, ["word\n" * 600_000]),
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Every stop of STOPS, then the command left alone: {name, at last "end": (the process, what it left and asked for)}.
-
-    That is the shards done, the sizes of the downloads, whether the folder is there, and the server's log.
-    """
-    out, hub, runs = tmp_path_factory.mktemp("stopped") / "c4", c4_hub(), {}
-    work = out.with_name("c4.partial")
-    hub.faults[VAL[2]] = iter(["stall", "stall"])
-    for name, (patch, _, n_done) in (STOPS | {"end": ("", 0, 0)}).items():
-        hub.log = []
-        outside = isinstance(patch, int)
-        process = start(c4_command(hub, out), f"prepare.CHUNK = 3000\n{HEED_CTRL_C if outside else patch}")
-        if outside:
-            assert hub.stalled.wait(60)
-            while len(json.loads((work / "state.json").read_text())["shards"]) < n_done or (work / VAL[n_done - 1]).exists():
-                time.sleep(0.01)
-            process.send_signal(patch)
-        end = finish(process)
-        hub.stalled.clear()
-        shards = json.loads((work / "state.json").read_text())["shards"] if work.exists() else []
-        runs[name] = end, shards, {path.name: path.stat().st_size for path in work.glob("*.gz*")}, out.exists(), hub.log
-    return runs | {"out": out}
+@pytest.mark.parametrize("name", READ)
+def test_a_file_has_the_tokens_of_its_documents(name, tmp_path):
+    files, documents, *flags = READ[name]
+    write(tmp_path, files)
+    argv = " ".join([*(f"{{d}}/{file}" for file in files), *flags, "--tokenizer=bytes"])
+    train, val, meta = main(tmp_path, argv)
+    by_split = [[text for text in documents if held_out(text) == split] for split in (False, True)]
+    assert train + val == tokens(by_split[0]) + tokens(by_split[1])
+    assert len(val) == (len(tokens(by_split[1])) or max(1, round(0.01 * len(train + val))))
+    assert meta["records"]["good"] == len(documents) and meta["shards"] == list(files)
 
 
-@pytest.mark.parametrize("name", STOPS)
-def test_a_stop_leaves_what_is_done_and_says_a_line(stopped, name):
-    end, shards, downloads, exists, _ = stopped[name]
-    _, status, n_done = STOPS[name]
-    assert (end.returncode, shards, exists) == (status, (VAL + TRAIN)[:n_done], False), end.stderr
-    assert not (set(shards) - {TRAIN[0]}) & set(downloads)  # they are deleted; a kill left that one until the end
-    if status == 2:
-        assert len(end.stderr.splitlines()) == 1 and SAID[name] in end.stderr
-    else:
-        assert end.stderr == ""
-        assert (end.stdout.strip() == "stopped: the same command goes on from here") == (status == 130)
+def test_the_first_bad_record_of_each_kind_is_reported_and_all_are_counted(capsys, tmp_path):
+    write(tmp_path, {"a.jsonl": lines(A[:1]) + BAD + BAD})
+    *_, meta = main(tmp_path, "{d}/a.jsonl --tokenizer=bytes")
+    assert meta["records"] == {"good": 1, "no text": 10, "broken JSON": 2, "broken UTF-8": 2}
+    said = capsys.readouterr().out
+    assert re.findall(r"a\.jsonl, line (\d+): ([^.]*)\.", said) == [
+        ("2", "no text"),
+        ("7", "broken JSON"),
+        ("8", "broken UTF-8"),
+    ]
 
 
-def test_stopped_again_and_again_has_the_same_bytes_and_fetches_nothing_twice(stopped):
-    end, *_ = stopped["end"]
-    assert (end.returncode, end.stderr) == (0, "")
-    assert_folder(stopped["out"], C4_TRAIN, C4_VAL, source="c4", shards=VAL + TRAIN[:3])
-    done, downloads, went_on = [], {}, 0
-    for name in [*STOPS, "end"]:
-        for shard, wanted, _ in stopped[name][4]:
-            assert shard not in done
-            have = downloads.get(f"{shard}.part")
-            assert wanted == (f"bytes={have}-" if have else None)
-            went_on += wanted is not None
-        _, done, downloads, *_ = stopped[name]
-    assert went_on >= 2
+def test_spaces_in_paths_and_relative_paths(monkeypatch, tmp_path):
+    write(tmp_path, {"a folder/a file.jsonl": lines(A)})
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["a folder/a file.jsonl", "--tokenizer=bytes"])
+    assert sorted(path.name for path in (tmp_path / "data/mine").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "another CRC", "announced too short", "a bad line before the CRC is read"])
-def test_a_shard_that_came_damaged_is_downloaded_again(monkeypatch, here, capsys, tmp_path, damage):
-    monkeypatch.setattr(prepare, "CHUNK", 1000)
-    monkeypatch.setattr(prepare, "DOWNLOADS", 1)  # or the first command's threads, still in this process, meet the second's
-    hub = c4_hub()
-    path = next(path for path in hub.files if path.endswith(TRAIN[1]))
-    whole = hub.files[path]
-    if damage == "announced too short":
-        hub.faults[TRAIN[1]] = iter(["too short"])  # all that was announced came
-    else:
-        stored = gzip.compress(lines(TEXTS[TRAIN[1]]), compresslevel=0).replace(b'"text"', b'"tex"', 1)
-        hub.files[path] = {"cut": whole[:-50], "another CRC": flipped(whole, -8)}.get(damage, stored)
-    line = refused(capsys, prepare.main, c4_command(hub, tmp_path / "c4", workers=1))
-    assert TRAIN[1] in line and "the same command downloads it again" in line
-    assert not (tmp_path / "c4").exists()
-    hub.files[path] = whole
-    prepare.main(c4_command(hub, tmp_path / "c4"))
-    assert_folder(tmp_path / "c4", C4_TRAIN, C4_VAL)
-
-
-def test_full_disk_of_a_download(monkeypatch, here, capsys, tmp_path):
-    def full(path, *args):
-        if str(path).endswith(".part"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return open(path, *args)
-
-    hub = c4_hub()
-    monkeypatch.setattr(prepare, "open", full, raising=False)
-    assert os.strerror(errno.ENOSPC) in refused(capsys, prepare.main, c4_command(hub, tmp_path / "c4"))
-    assert max(Counter(hub.log).values()) == 1  # it is not tried again
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Gutenberg
-
-LISTING = "/api/datasets/sedthh/gutenberg_english/tree/main/data"
-
-
-def test_gutenberg_stops_at_the_number(here, tmp_path):
-    texts = documents(400, 0), documents(400, 1)
-    shards = [parquet(texts[0]), parquet(texts[1]), b"no Parquet: it would be refused if it were read"]
-    names = [f"train-{i:05d}-of-00003-a1b2.parquet" for i in range(3)]
-    listing = [{"type": "file", "path": f"data/{name}"} for name in ["README.md", *reversed(names)]]
-    folder = "/datasets/sedthh/gutenberg_english/resolve/main/data/"
-    hub = Hub({LISTING: json.dumps(listing).encode()} | {folder + name: shard for name, shard in zip(names, shards)})
-    train_tokens, val_tokens = (tokens([text for text in texts[0] + texts[1] if held_out(text) == split]) for split in (False, True))
-    limit = len(train_tokens) - 12_345
-    assert limit > len(tokens(texts[0]))
-    prepare.main(["gutenberg", f"--tokens={limit}", f"--base_url={hub.url}/", f"--out={tmp_path / 'books'}", "--tokenizer=bytes"])
-    assert_folder(tmp_path / "books", train_tokens[:limit], val_tokens, source="gutenberg", shards=names[:2])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def test_files_of_every_kind(monkeypatch, here, tmp_path):
-    held = [text for text in documents(2000, "held", 8) if held_out(text)]  # for validation, wherever they stand
-    texts = {name: documents(200, name, 8) for name in ("a.jsonl", "b.jsonl.gz", "c.json.gz", "d.parquet")}
-    texts["a.jsonl"] += [held[0], "", held[1], "half of a pair: \ud83d"]
-    texts["d.parquet"] += ["", held[0], held[1]]
-    texts |= {"e.txt": [held[0]], "f.txt.gz": ["two\nlines"], "g.txt": [""]}
-    for name, its in texts.items():
-        content = parquet(its, "text") if "parquet" in name else its[0].encode() if "txt" in name else lines(its)
-        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    every = [text for its in texts.values() for text in its if text]
-    expected = [[text for text in every if held_out(text) == split] for split in (False, True)]
-    metas = []
-    for chunk in (2**20, 999):
-        monkeypatch.setattr(prepare, "CHUNK", chunk)
-        prepare.main([*(str(tmp_path / name) for name in texts), f"--out={tmp_path}/{chunk}", "--tokenizer=bytes"])
-        assert_folder(tmp_path / f"{chunk}", *map(tokens, expected), source="files", shards=list(texts), empty_documents=3)
-        metas.append(json.loads((tmp_path / f"{chunk}" / "meta.json").read_text()))
-    assert metas[0] == metas[1]
-    assert [metas[0][split]["documents"] for split in ("train", "val")] == [len(its) for its in expected]
-
-
-@pytest.mark.parametrize("limit", [None, 5000, 10**6])
-def test_the_end_of_a_single_text_is_held_out(monkeypatch, here, capsys, tmp_path, limit):
-    def killed(path, text):
-        if json.loads(text)["val"]["tokens"]:  # the end is cut off
-            if after:
-                real(path, text)
-            raise KeyboardInterrupt
-        real(path, text)
-
-    monkeypatch.setattr(prepare, "CHUNK", 1000)
-    (tmp_path / "book.txt").write_text(" ".join(documents(200, 0)), encoding="utf-8")
-    expected = tokens([(tmp_path / "book.txt").read_bytes().decode()])[:limit]
-    cut = len(expected) - round(len(expected) / 100)
-    argv = [str(tmp_path / "book.txt"), "--tokenizer=bytes", *([f"--tokens={limit}"] if limit else [])]
-    real = prepare.replace
-    for out, kills in ((tmp_path / "one", []), (tmp_path / "two", [False, True])):
-        for after in kills:
-            with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
-                patched.setattr(prepare, "replace", killed)
-                prepare.main([*argv, f"--out={out}"])
-        prepare.main([*argv, f"--out={out}"])
-        assert_folder(out, expected[:cut], expected[cut:], shards=["book.txt"])
+@pytest.mark.parametrize("limit", [9999, 10**6])
+def test_tokens_are_at_most_the_number_and_fewer_are_announced(limit, capsys, tmp_path):
+    write(tmp_path, {"a.jsonl": lines(A[:20]), "b.jsonl": lines(A[20:])})
+    train, val, _ = main(tmp_path, f"{{d}}/a.jsonl {{d}}/b.jsonl --tokenizer=bytes --tokens={limit}")
+    assert train == tokens(text for text in A if not held_out(text))[:limit]
+    assert val == tokens(text for text in A if held_out(text))
     assert ("fewer than" in capsys.readouterr().out) == (limit == 10**6)
 
 
-SIGNS = ["a", "b", "Z", "é", "7", "²", "Ⅷ", "日", "٣", " ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "'s", "'", "'ll", ".", "!?", "\U0001f600"]
-SIGNS += ["\u00a0", "\u2003", "\u001c", "\u0301", "<|endoftext|>", " word", " don't"]
+FOLDERS = {  # its files: those that train, those that validate
+    "train-00000.parquet train-00001.parquet validation-00000.parquet test-00000.parquet README.md": ("01", "2"),
+    "data/train/0.jsonl data/dev/test.txt": ("0", "1"),
+    "train.jsonl test.jsonl .cache/train.jsonl": ("0", "1"),
+    "latest.jsonl contest.jsonl trainer.jsonl": ("102", ""),
+    "a.jsonl val.jsonl": ("0", "1"),
+    "train_0.jsonl Train1.JSONL extra.jsonl": ("10", ""),
+}
+
+
+@pytest.mark.parametrize("names", FOLDERS)
+def test_a_folder_is_split_by_the_words_in_its_names(names, capsys, tmp_path):
+    some = {name: [f"{i}. {text}" for text in texts(20, i)] for i, name in enumerate(names.split())}
+    kinds = {".parquet": parquet, ".txt": lambda its: its[0].encode()}
+    write(tmp_path, {f"in put/{name}": kinds.get(Path(name).suffix, lines)(its) for name, its in some.items()})
+    prepare.main([str(tmp_path / "in put"), f"--out={tmp_path}/out", "--tokenizer=bytes"])
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines()[:3])
+    for split, file, wanted in (("train", "training", FOLDERS[names][0]), ("val", "validation", FOLDERS[names][1])):
+        named = [names.split()[int(i)] for i in wanted]
+        assert printed[file] == (", ".join(named) or "no file")
+        if wanted and FOLDERS[names][1]:
+            documents = [text for name in named for text in some[name][: 1 if name.endswith(".txt") else None]]
+            assert prepare.load(tmp_path / "out", split)[0].tolist() == tokens(documents)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+ZIPPED = gzip.compress(lines(A))
+RANKS = [bytes([b]) for b in range(256)]
+
+
+def ranks_file(ranked):
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranked))
+
+
+FILES = {
+    "good.jsonl": lines(A), "there/a.md": b"", "no.csv": b"a,b", "empty.txt": b"", "blank.jsonl": b"\n\n", "table.parquet.gz": b"",
+    "bad.jsonl": b"?\n" * 100 + lines(A * 49), "none.jsonl": b"?\n", "latin.txt": b"\xe9", "utf16.jsonl": lines(A).decode().encode("utf-16"),
+    "utf16.txt": "one".encode("utf-16"), "pretty.json": b'{\n"text": "a"\n}\n', "cut.jsonl.gz": ZIPPED[:-20], "crc.jsonl.gz": ZIPPED[:-8] + b"12345678",
+    "plain.txt.gz": b"plain", "body.parquet": parquet(A, "body"), "numbers.parquet": parquet([1, 2]), "cut.parquet": parquet(A)[:-10],
+    "page.parquet": parquet(A).replace(b"a", b"\xff"), "cut.tiktoken": ranks_file(RANKS)[:-5], "gap.tiktoken": ranks_file(RANKS) + b"YWI= 257\n",
+    "twice.tiktoken": ranks_file(RANKS) + b"YWI= 256\nYWI= 257\n", "bytes.tiktoken": ranks_file(RANKS[1:] + [b"ab"]), "tokenizer.json": b"{}",
+}  # fmt: skip
+REFUSED = {  # arguments: what the line must match
+    "{d}/nothing.txt": "no file or folder .*nothing.txt",
+    "{d}/no.csv": r"no\.csv .*\.ndjson",
+    "{d}/table.parquet.gz": r"table\.parquet\.gz .*\.ndjson",
+    "{d}/there": r"there .*no file to train on.*\.ndjson",
+    "{d}/empty.txt": "no text",
+    "{d}/blank.jsonl": "blank.jsonl .*none at all",
+    "{d}/bad.jsonl": "bad.jsonl .*broken JSON: 100, good: 9,800",
+    "{d}/good.jsonl {d}/none.jsonl": "none.jsonl .*broken JSON: 1",
+    "{d}/pretty.json": "pretty.json .*bad records",
+    "{d}/utf16.jsonl": "utf16.jsonl .*bad records",
+    "{d}/good.jsonl --text_column=body": "good.jsonl .*no text: 200",
+    "{d}/latin.txt": "latin.txt is damaged .*utf-8",
+    "{d}/utf16.txt": "utf16.txt is damaged .*utf-8",
+    "{d}/cut.jsonl.gz": "cut.jsonl.gz is damaged",
+    "{d}/crc.jsonl.gz": "crc.jsonl.gz is damaged .*CRC",
+    "{d}/plain.txt.gz": "plain.txt.gz is damaged",
+    "{d}/body.parquet": "body.parquet has no column text.*source, body",
+    "{d}/numbers.parquet": "numbers.parquet .*no text: 2",
+    "{d}/cut.parquet": "cut.parquet",
+    "{d}/page.parquet": "page.parquet",
+    "{d}/good.jsonl --out={d}/there": r"there exists: .*--out",
+    "{d}/good.jsonl --out={d}/good.jsonl/out": r"good\.jsonl/out",
+    "{d}/good.jsonl --tokens=0": "--tokens",
+    "{d}/good.jsonl --tokens=nan": "--tokens",
+    "{d}/good.jsonl --tokens=many": "--tokens.*many",
+    "{d}/good.jsonl --token=9": "--token=9",
+    "": "source",
+    "c4 {d}/good.jsonl": "c4 stands alone",
+    "builtin": "builtin takes no option",  # the test adds --tokenizer
+    "{d}/good.jsonl --tokenizer=gpt3": "gpt3.*bytes.*tokenizer.json",
+    "{d}/good.jsonl --eot=a": "--eot is for a tokenizer.json",
+    "{d}/good.jsonl --tokenizer={d}/nothing.tiktoken": "nothing.tiktoken",
+    "{d}/good.jsonl --tokenizer={d}/cut.tiktoken": "cut.tiktoken is not a file of tokenizer ranks",
+    "{d}/good.jsonl --tokenizer={d}/gap.tiktoken": "gap.tiktoken .*once each",
+    "{d}/good.jsonl --tokenizer={d}/twice.tiktoken": "twice.tiktoken .*once each",
+    "{d}/good.jsonl --tokenizer={d}/bytes.tiktoken": "bytes.tiktoken .*256 bytes",
+    "{d}/good.jsonl --tokenizer={d}/nothing.json": "nothing.json is not a tokenizer.json",
+    "{d}/good.jsonl --tokenizer={d}/tokenizer.json": "tokenizer.json is not a tokenizer.json",
+}
+
+
+@pytest.mark.parametrize("argv", REFUSED)
+def test_bad_input_gets_one_line_and_leaves_nothing(argv, monkeypatch, capsys, tmp_path):
+    write(tmp_path, FILES)
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    line = refused(capsys, prepare.main, f"--tokenizer=bytes --out={tmp_path}/out {argv}".format(d=tmp_path).split())
+    assert line.startswith("prepare.py: ") and re.search(REFUSED[argv], line), line
+    assert {path.name for path in tmp_path.iterdir()} - {name.split("/")[0] for name in FILES} <= {"out.partial"}
+
+
+@pytest.mark.parametrize("package, file", [("pyarrow", "a.parquet"), ("tokenizers", "a.json")])
+def test_a_missing_package_is_named(package, file, monkeypatch, capsys, tmp_path):
+    write(tmp_path, {"a.parquet": parquet(A), "a.json": lines(A)})
+    monkeypatch.setitem(sys.modules, package, None)
+    argv = [
+        f"{tmp_path}/{file}",
+        f"--out={tmp_path}/out",
+        f"--tokenizer={tmp_path / 'a.json' if file == 'a.json' else 'bytes'}",
+    ]
+    assert f"pip install {package}" in refused(capsys, prepare.main, argv)
+
+
+def test_a_file_that_was_mended_is_read_again_and_other_arguments_are_refused(capsys, tmp_path):
+    write(tmp_path, {"a.jsonl": lines(A), "b.jsonl": b"?\n", "c.jsonl": lines(A[::-1])})
+    argv = f"{{d}}/a.jsonl {{d}}/b.jsonl {{d}}/c.jsonl --tokenizer=bytes --tokens={len(tokens(A)) + 500}"
+    assert "b.jsonl" in refused(capsys, main, tmp_path, argv)
+    assert "begun with other arguments" in refused(capsys, main, tmp_path, argv + "9")
+    write(tmp_path, {"a.jsonl": lines(A[:10]), "b.jsonl": lines(A[10:20])})
+    assert main(tmp_path, argv) == main(tmp_path, argv, "another")
+
+
+def test_a_second_run_on_the_same_folder_is_refused(capsys, tmp_path):
+    write(tmp_path, {"a.jsonl": lines(A), "out.partial/lock": b""})
+    with lock(tmp_path / "out.partial/lock"):
+        assert "another process is working" in refused(capsys, main, tmp_path, "{d}/a.jsonl --tokenizer=bytes")
+    main(tmp_path, "{d}/a.jsonl --tokenizer=bytes")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    replace_file(tmp_path / "a.json", lambda f: f.write(b"old"))
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o22) and 0o22)
+    with pytest.raises(ZeroDivisionError):
+        replace_file(tmp_path / "a.json", lambda f: f.write(b"new") / 0)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+SIGNS = [
+    "a",
+    "b",
+    "Z",
+    "é",
+    "7",
+    "²",
+    "Ⅷ",
+    "日",
+    " ",
+    "  ",
+    "    ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "'s",
+    "'",
+    "'ll",
+    ".",
+    "!?",
+    "\U0001f600",
+]
+SIGNS += ["\u00a0", "\u2003", "\u3000", "\x1c", "\x85", "\u0301", "<|endoftext|>", " word", " don't"]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """A file of ranks: the bytes and the commonest runs of 2 to 5 bytes, so that a wrong cut shows in the tokens."""
-    text = "".join(random.Random(1).choices(SIGNS, k=50_000)).encode()
+    text = "".join(random.Random(1).choices(SIGNS, k=20_000)).encode()
     runs = Counter(text[i : i + n] for n in (2, 3, 4, 5) for i in range(len(text) - n))
     path = tmp_path_factory.mktemp("ranks") / "own.tiktoken"
-    path.write_bytes(ranks_file([bytes([b]) for b in range(256)] + [run for run, _ in runs.most_common(8000)]))
+    path.write_bytes(ranks_file(RANKS + [run for run, _ in runs.most_common(8000)]))
     return path
 
 
-def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(monkeypatch, ranks):
-    tokenizer, rng, cuts = prepare.ranks_tokenizer(ranks), random.Random(0), 0
-    for size in [1, 2, 3, 5, 8, 13, 50, 200] * 20:
-        monkeypatch.setattr(prepare, "CHUNK", size)
-        text = "".join(rng.choices(SIGNS, k=300))
-        parts = list(prepare.pieces(io.StringIO(text, newline="")))
-        assert "".join(part for part, _ in parts) == text
-        assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]
-        joined = np.concatenate([prepare.encode(tokenizer, part) for part, _ in parts])
-        assert joined.tolist() == tokenizer.encode_ordinary(text)
-        cuts += len(parts) - 1
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, ranks):
+    mine, rng, cuts = tokenizer.get_tokenizer(str(ranks)), random.Random(0), 0
+    for size in [1, 2, 3, 5, 8, 13, 50, 200] * 40:
+        monkeypatch.setattr(tokenizer, "PIECE", size)
+        text, block = "".join(rng.choices(SIGNS, k=200)), rng.choice([1, 2, 7, 30, 1000])
+        pieces, last = zip(*mine.pieces(text[i : i + block] for i in range(0, len(text), block)))
+        assert "".join(pieces) == text and last == (False,) * (len(pieces) - 1) + (True,)
+        assert [token for some in mine.encode_batch(list(pieces)) for token in some] == mine.encoding.encode_ordinary(
+            text
+        )
+        cuts += len(pieces) - 1
     assert cuts > 2000
 
 
-@pytest.mark.parametrize("text", ["", "plain", *ODD, "\ud83d", "\ude00\ud83d", "a\ud800", "".join(SIGNS)])
-def test_encode_is_encode_ordinary(ranks, text):
-    for tokenizer in (BYTES, prepare.ranks_tokenizer(ranks)):
-        assert prepare.encode(tokenizer, text).tolist() == tokenizer.encode_ordinary(text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one line on stderr, status 2, no folder
-
-GOOD = lines(documents(50, 0))
-BAD_FILES = {  # a file, its content, and what the line must match
-    "quotes.jsonl": (lines(["a", "b"]) + b"{'text': 'c'}\n", r"line 3\b"),
-    "content.jsonl": (lines(["a", "b"]) + b'{"content": "c"}\n', r"line 3\b"),
-    "list.jsonl": (b'["text"]\n', r"line 1\b"),
-    "latin.jsonl": ('{"text": "é"}\n'.encode("latin-1"), r"line 1\b"),
-    "null.jsonl": (lines(["a"]) + b'{"text": null}\n', r"document 2\b.*null"),
-    "number.jsonl": (b'{"text": 17}\n', r"document 1\b.*17"),
-    "latin.txt": ("é".encode("latin-1"), "damaged .*utf-8"),
-    "empty.txt": (b"", "no text"),
-    "cut.jsonl.gz": (gzip.compress(GOOD)[:-20], "damaged"),
-    "crc.jsonl.gz": (flipped(gzip.compress(GOOD), -8), "damaged .*CRC"),
-    "deflate.txt.gz": (flipped(gzip.compress(GOOD), 99), "damaged"),
-    "plain.txt.gz": (GOOD, "damaged .*[Gg]zip"),
-    "other.parquet": (parquet(["a"], "content"), "no column .*text"),
-    "numbers.parquet": (parquet([1, 2]), "no column of strings .*text"),
-    "null.parquet": (parquet(["a", None]), r"document 2\b.*null"),
-    "cut.parquet": (parquet(["a"])[:-10], "damaged"),
-    "metadata.parquet": (parquet(["a"]).replace(b" ", b"\xff"), "damaged"),
-    "plain.parquet": (GOOD, "damaged"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("times", [1, 2])  # two texts are read otherwise than one
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_file(here, capsys, tmp_path, name, times):
-    content, expected = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    argv = [*[str(tmp_path / name)] * times, f"--out={tmp_path / 'out'}", "--tokenizer=bytes"]
-    line = refused(capsys, prepare.main, argv)
-    assert line.startswith("prepare.py: ") and re.search(expected, line), line
-    assert name in line or name == "empty.txt"
-    assert not (tmp_path / "out").exists()
-
-
-BYTE_RANKS = [bytes([b]) for b in range(256)]
-PAIRS = [bytes([a, b]) for a in range(255) for b in range(256)]
-BAD_RANKS = {
-    "damaged": (ranks_file(BYTE_RANKS) + b"?? 256\n", "is no file of tokenizer ranks"),
-    "cut": (ranks_file(BYTE_RANKS)[:-5], "is no file of tokenizer ranks"),
-    "without a byte": (ranks_file(BYTE_RANKS[:-1] + [b"ab"]), "the 256 bytes"),
-    "with a gap": (ranks_file(BYTE_RANKS) + b"YWI= 257\n", "once each"),
-    "a rank twice": (ranks_file(BYTE_RANKS) + b"YWI= 256\nY2Q= 256\n", "once each"),
-    "a token twice": (ranks_file(BYTE_RANKS) + b"YWI= 256\nYWI= 257\n", "once each"),
-    "65537 tokens": (ranks_file(BYTE_RANKS + PAIRS), "65537 tokens .*65536"),
+LONG = {  # a text, and where it may be cut before it goes to tiktoken, which panics on it as a whole
+    "spaces and a word": (" " * 1_199_999, " word"),
+    "tabs and newlines": ("\t\n" * 600_000, "\tword"),
+    "two runs": ("word" + " " * 1_100_000, " word" + "\n" * 1_100_000, "\nword"),
+    "spaces before a separator": (" " * 1_100_000, " \x1c"),
+    "spaces alone": (" " * 1_200_000,),
+    "one word": ("word" * 80_000,),
 }
 
 
-@pytest.mark.parametrize("name", BAD_RANKS)
-def test_bad_ranks(capsys, tmp_path, name):
-    content, expected = BAD_RANKS[name]
-    (tmp_path / "bad.tiktoken").write_bytes(content)
-    (tmp_path / "good.jsonl").write_bytes(GOOD)
-    argv = [str(tmp_path / "good.jsonl"), f"--tokenizer={tmp_path / 'bad.tiktoken'}", f"--out={tmp_path / 'out'}"]
-    assert re.search(rf"bad\.tiktoken .*{expected}", refused(capsys, prepare.main, argv))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.tiktoken", "good.jsonl"]
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_run_has_the_tokens_of_its_parts(name, ranks, tmp_path):
+    mine, text = tokenizer.get_tokenizer(str(ranks)), "".join(LONG[name])
+    expected = [token for part in LONG[name] for token in mine.encoding.encode_ordinary(part)]
+    assert mine.encode_ordinary(text) == expected
+    write(tmp_path, {"a.jsonl": lines([text])})
+    train, val, _ = main(tmp_path, f"{{d}}/a.jsonl --tokenizer={ranks}")
+    assert train + val == [*expected, mine.eot]
 
 
-LISTINGS = {"empty": b"[]", "object": b'{"error": "gone"}', "html": b"<html>", "words": b'["a", "b"]', "number": b"7", "paths": b'[{"path": 7}]'}
-BAD = {  # arguments, and what the line must match
-    "no file": ("{d}/good.jsonl {d}/nothing.txt", r"no file .*/nothing\.txt"),
-    "a folder": ("{d}/there", r"no file .*/there"),
-    "folder exists": ("{d}/good.jsonl --out={d}/there", r"there exists: .*--out"),
-    "folder in a file": ("{d}/good.jsonl --out={d}/good.jsonl/out", r"good\.jsonl/out"),
-    "tokens 0": ("{d}/good.jsonl --tokens=0", "--tokens"),
-    "tokens nan": ("{d}/good.jsonl --tokens=nan", "--tokens"),
-    "tokens without end": ("{d}/good.jsonl --tokens=inf", "--tokens"),
-    "tokens no number": ("{d}/good.jsonl --tokens=many", "--tokens.*many"),
-    "workers 0": ("{d}/good.jsonl --workers=0", "--workers"),
-    "abbreviated flag": ("{d}/good.jsonl --token=9", "--token=9"),
-    "nothing named": ("", "source"),
-    "no address": ("c4 --base_url=huggingface.co", "huggingface.co.*https://"),
-    "c4 and a file": ("c4 {d}/good.jsonl", "c4 stands alone"),
-    "tokenizer unknown": ("{d}/good.jsonl --tokenizer=gpt3", "gpt3.*bytes, gpt2"),
-    "tokenizer beyond uint16": ("{d}/good.jsonl --tokenizer=cl100k_base", "cl100k_base.*bytes, gpt2"),
-    "ranks missing": ("{d}/good.jsonl --tokenizer={d}/nothing.tiktoken", r"nothing\.tiktoken"),
-    "c4 missing": ("c4 --base_url={hub}", r"c4-validation\.00000.* cannot be downloaded: .*404"),
-    "books missing": ("gutenberg --base_url={hub}", r"gutenberg_english.* cannot be downloaded: .*404"),
-    **{f"books listed as {name}": (f"gutenberg --base_url={{hub}}/{name}", "did not answer with a list") for name in LISTINGS},
-}  # fmt: skip
+def json_tokenizer(folder, config=None, words=()):
+    """A tokenizer.json like Llama 2's, which marks the beginning of a text; it truncates and pads, as some do."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "</s>", "<end>"], show_progress=False
+    )
+    made.train_from_iterator(texts(50), trainer)
+    made.add_tokens([f"word{i}" for i in words])
+    oracle = tokenizers.Tokenizer.from_str(made.to_str())
+    made.enable_truncation(5)
+    made.enable_padding(length=5)
+    made.save(str(folder / "tokenizer.json"))
+    if config:
+        name, content = config
+        (folder / name).write_text(json.dumps(content))
+    return oracle
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments(here, capsys, hub, tmp_path, name):
-    hub.files = {f"/{kind}{LISTING}": listing for kind, listing in LISTINGS.items()}
-    (tmp_path / "there").mkdir()
-    (tmp_path / "good.jsonl").write_bytes(GOOD)
-    argv, expected = BAD[name]
-    line = refused(capsys, prepare.main, f"--tokenizer=bytes --out={tmp_path}/out {argv}".format(d=tmp_path, hub=hub.url).split())
-    assert line.startswith("prepare.py: ") and re.search(expected, line), line
-    assert {path.name for path in tmp_path.iterdir()} <= {"there", "good.jsonl", "out.partial"}
-    assert not list(tmp_path.rglob("listing.json"))  # the next time it may be a better one
+ENDS = {  # the config beside a tokenizer.json, flags, the token that ends a document
+    "a string": (("tokenizer_config.json", {"eos_token": "</s>"}), "", "</s>"),
+    "an object": (("tokenizer_config.json", {"eos_token": {"content": "<end>"}}), "", "<end>"),
+    "an id": (("config.json", {"eos_token_id": 1}), "", "</s>"),
+    "a list of ids": (("config.json", {"eos_token_id": [2, 1]}), "", "<end>"),
+    "a flag": (None, "--eot=<end>", "<end>"),
+    "a flag beside a config without": (("tokenizer_config.json", {"eos_token": None}), "--eot=</s>", "</s>"),
+}
 
 
-def test_a_folder_begun_with_other_arguments(here, capsys, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(GOOD + b"no JSON\n")
-    argv = [str(tmp_path / "a.jsonl"), f"--out={tmp_path / 'out'}", "--tokenizer=bytes"]
-    assert "line 51" in refused(capsys, prepare.main, argv)
-    assert "begun with other arguments" in refused(capsys, prepare.main, [*argv, "--tokens=9"])
-    (tmp_path / "a.jsonl").write_bytes(GOOD)
-    assert "begun with other arguments" in refused(capsys, prepare.main, argv)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name", ENDS)
+def test_a_tokenizer_json_gives_its_own_tokens(name, capsys, tmp_path):
+    config, flag, end = ENDS[name]
+    oracle = json_tokenizer(tmp_path, config)
+    some = [*A, "a b  " * 100_000]
+    write(tmp_path, {"a.jsonl": lines([*some, "half: \ud83d"])})
+    train, val, meta = main(tmp_path, f"{{d}}/a.jsonl --tokenizer={{d}}/tokenizer.json {flag}")
+    some += ["half: \ufffd"]
+    ids = {text: [*oracle.encode(text, add_special_tokens=False).ids, oracle.token_to_id(end)] for text in some}
+    assert train == [token for text in some if not held_out(text) for token in ids[text]]
+    assert val == [token for text in some if held_out(text) for token in ids[text]]
+    again = tokenizer.get_tokenizer(meta["tokenizer"], tmp_path / "out")
+    assert (again.name, again.n_vocab, again.eot) == (meta["tokenizer"], meta["vocab_size"], oracle.token_to_id(end))
+    assert again.encode_ordinary(A[0]) == ids[A[0]][:-1]
+    assert again.decode(ids[A[0]]) == oracle.decode(ids[A[0]], skip_special_tokens=False)
+    os.remove(tmp_path / "out/tokenizer_config.json")
+    assert "--eot" in refused(capsys, tokenizer.get_tokenizer, meta["tokenizer"], tmp_path / "out")
 
 
-def test_without_pyarrow(monkeypatch, here, capsys, tmp_path):
-    (tmp_path / "a.parquet").write_bytes(parquet(["a"]))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    argv = [str(tmp_path / "a.parquet"), f"--out={tmp_path / 'out'}", "--tokenizer=bytes"]
-    assert "pip install pyarrow" in refused(capsys, prepare.main, argv)
+def test_more_than_65_536_tokens_take_uint32(tmp_path):
+    oracle = json_tokenizer(tmp_path, words=range(65_400))
+    write(tmp_path, {"a.jsonl": lines([*A, "word65399"])})
+    train, _, meta = main(tmp_path, "{d}/a.jsonl --tokenizer={d}/tokenizer.json --eot=</s>")
+    assert (meta["dtype"], meta["vocab_size"]) == ("uint32", oracle.get_vocab_size())
+    assert oracle.token_to_id("word65399") > 65_535 and train[-2] == oracle.token_to_id("word65399")
+    assert (tmp_path / "out/train.bin").stat().st_size == 4 * len(train)
+
+
+def test_ranks_lie_beside_their_tokens(capsys, ranks, tmp_path):
+    write(tmp_path, {"a.jsonl": lines(A)})
+    train, _, meta = main(tmp_path, f"{{d}}/a.jsonl --tokenizer={ranks}")
+    again = tokenizer.get_tokenizer(meta["tokenizer"], tmp_path / "out")
+    assert train == tokens([text for text in A if not held_out(text)], again.encoding) and meta["dtype"] == "uint16"
+    (tmp_path / "out/tokenizer.tiktoken").write_bytes(ranks_file(RANKS))
+    assert "is not the tokenizer ranks-" in refused(
+        capsys, tokenizer.get_tokenizer, meta["tokenizer"], tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize("error", [requests.ConnectionError("no network"), ValueError("Hash mismatch")])
+def test_gpt2_without_a_network(monkeypatch, capsys, error):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(error))
+    assert "TIKTOKEN_CACHE_DIR" in refused(capsys, tokenizer.get_tokenizer, "gpt2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What others read: load() and get_tokenizer()
+# The hub, kills
+
+C4 = [f"en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)] + [
+    f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(3)
+]
+BOOKS = [f"data/train-{i:05d}-of-00002.parquet" for i in range(2)]
+COMMIT = "5" * 40
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """The hub's paths on 127.0.0.1. `breaks` is a file whose first transfer ends in the middle; `log` has the requests."""
+
+    def __init__(self, repository, files, breaks=None):
+        super().__init__(("127.0.0.1", 0), HubAnswer)
+        self.repository, self.files, self.breaks, self.log = repository, files, breaks, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class HubAnswer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        hub, path = self.server, self.path.partition("?")[0]
+        prefix = f"/datasets/{hub.repository}/resolve/"
+        revision, _, name = path.removeprefix(prefix).partition("/")
+        body, headers = hub.files.get(name), {}
+        if path.startswith(f"/api/datasets/{hub.repository}/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in hub.files.items()
+            ]
+            body = json.dumps(entries).encode()
+        elif body is not None:
+            headers = {
+                "X-Repo-Commit": COMMIT,
+                "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
+                "Accept-Ranges": "bytes",
+            }
+        hub.log.append((self.command, revision, name))
+        first = int((self.headers["Range"] or "bytes=0-")[len("bytes=") :].split("-")[0])
+        self.send_response(404 if body is None else 206 if first else 200)
+        body = body or b""
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        for header, value in {**headers, "Content-Length": str(len(body) - first)}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command == "GET":
+            stop, hub.breaks = (len(body) // 2, None) if name == hub.breaks else (len(body), hub.breaks)
+            self.wfile.write(body[first:stop])
+            self.close_connection = True
+
+    do_HEAD = do_GET
+
+
+def start(folder, *argv, hub=None):
+    """prepare.py in a process of its own."""
+    env = os.environ | {"HF_HOME": str(folder / "hf"), "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port if hub else 9}"}
+    command = [sys.executable, ROOT / "data/prepare.py", *argv, f"--out={folder / 'out'}", "--tokenizer=bytes"]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_c4_comes_from_the_hub_at_one_commit_over_a_broken_transfer(tmp_path):
+    some = {name: texts(20, name) for name in C4}
+    hub = Hub("allenai/c4", {name: gzip.compress(lines(its)) for name, its in some.items()}, breaks=C4[9])
+    train, val = (tokens(text for name in names for text in some[name]) for names in (C4[8:10], C4[:8]))
+    process = start(tmp_path, "c4", f"--tokens={len(train)}", hub=hub)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert hub.breaks is None  # it was met
+    assert [prepare.load(tmp_path / "out", split)[0].tolist() for split in ("train", "val")] == [train, val]
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["revision"] == COMMIT and meta["shards"] == [Path(name).name for name in C4[:10]]
+    assert {revision for command, revision, name in hub.log if command == "GET"} == {COMMIT}
+    assert C4[10] not in {name for *_, name in hub.log}  # it is not needed
+
+
+def test_gutenberg_lists_the_hubs_files(tmp_path):
+    some = {name: texts(200, name) for name in BOOKS}
+    hub = Hub(
+        "sedthh/gutenberg_english", {"README.md": b""} | {name: parquet(its, "TEXT") for name, its in some.items()}
+    )
+    process = start(tmp_path, "gutenberg", hub=hub)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    for split, side in (("train", False), ("val", True)):
+        expected = tokens(text for its in some.values() for text in its if held_out(text) == side)
+        assert prepare.load(tmp_path / "out", split)[0].tolist() == expected
+
+
+def test_a_hub_out_of_reach_gets_one_line(tmp_path):
+    process = start(tmp_path, "c4")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "could not be read" in err
+
+
+def test_a_run_killed_ten_times_has_the_bytes_of_one_that_was_not(tmp_path):
+    names = [f"{i}.jsonl" for i in range(12)]
+    write(tmp_path, {name: lines(texts(3000, name)) for name in names})
+    files, rng = [str(tmp_path / name) for name in names], random.Random(0)
+    whole = main(tmp_path, " ".join(files) + " --tokenizer=bytes", "whole")
+    kills = 0
+    while kills < 10:
+        process, moment = start(tmp_path, *files), rng.random() / 5
+        while process.poll() is None and not (tmp_path / "out.partial").exists():
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.kill()
+        process.communicate()
+        kills += 1
+    process = start(tmp_path, *files)
+    assert process.wait(60) == 0, process.communicate()
+    for split, expected in (("train", whole[0]), ("val", whole[1])):
+        assert prepare.load(tmp_path / "out", split)[0].tolist() == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load()
 
 
 @pytest.fixture
 def loaded(tmp_path):
-    prepare.write(tmp_path / "data", BYTES, np.arange(200, dtype=np.uint16), np.arange(100, dtype=np.uint16), {"source": "numbers"})
+    numbers = np.arange(200, dtype=np.uint16)
+    prepare.write(tmp_path / "data", BYTES, numbers, numbers[:100], {"source": "numbers"})
     return tmp_path / "data"
 
 
-def test_load(loaded):
-    array, meta = prepare.load(loaded, "val")
-    assert array.tolist() == list(range(100)) and (meta["source"], meta["vocab_size"]) == ("numbers", 257)
-    (loaded / "meta.json").unlink()  # nanoGPT's folders have none
-    array, meta = prepare.load(loaded, "train")
-    assert array.tolist() == list(range(200)) and (meta["tokenizer"], meta["vocab_size"]) == ("gpt2", 50_257)
+def flip(content):
+    return content[:50] + bytes([content[50] ^ 1]) + content[51:]
 
 
-DAMAGES = {  # the file, what becomes of it, what the line must contain
+DAMAGES = {  # what becomes of a file of the folder: what the line must contain
     "missing": ("val.bin", lambda content: None, "there is no"),
     "empty": ("val.bin", lambda content: b"", "is empty"),
-    "cut": ("val.bin", lambda content: content[:-2], "has 198 bytes, meta.json says 200"),
-    "too long": ("val.bin", lambda content: content + b"ab", "has 202 bytes, meta.json says 200"),
-    "another byte": ("val.bin", lambda content: flipped(content, 50), "sha256"),
+    "half a token": ("val.bin", lambda content: content[:-1], "was cut off"),
+    "cut": ("val.bin", lambda content: content[:-2], "has 198 bytes, and meta.json says 100 tokens"),
+    "too long": ("val.bin", lambda content: content + b"ab", "has 202 bytes, and meta.json says 100 tokens"),
+    "another byte": ("val.bin", flip, "sha256"),
     "meta.json cut": ("meta.json", lambda content: content[:-10], "meta.json is damaged"),
     "meta.json a list": ("meta.json", lambda content: b"[]", "meta.json is damaged"),
-    "meta.json without counts": ("meta.json", lambda content: b'{"tokenizer": "bytes"}', "meta.json is damaged"),
+    "meta.json without a vocabulary": ("meta.json", lambda content: b'{"tokenizer": "bytes"}', "meta.json is damaged"),
+    "another type": ("meta.json", lambda content: content.replace(b"uint16", b"int16"), "meta.json is damaged"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_load_refuses(capsys, loaded, name):
+def test_load_refuses_a_damaged_folder(name, capsys, loaded):
     file, damage, expected = DAMAGES[name]
     content = damage((loaded / file).read_bytes())
     (loaded / file).unlink() if content is None else (loaded / file).write_bytes(content)
     assert expected in refused(capsys, prepare.load, loaded, "val")
 
 
-def test_load_refuses_half_a_token_of_nanogpts(capsys, loaded):
-    (loaded / "meta.json").unlink()
-    (loaded / "val.bin").write_bytes((loaded / "val.bin").read_bytes()[:-1])
-    assert "cut off" in refused(capsys, prepare.load, loaded, "val")
+IDS = [1, 50_256, 7, 2]
+NANOGPT = {  # the type of its ids, the ids, what else is in the folder: what is loaded, or what the line must match
+    "GPT-2": ("uint16", IDS, {}, IDS),
+    "a character vocabulary": ("uint16", IDS, {"meta.pkl": b""}, "meta.pkl, a pickle, .*meta.json, for example"),
+    "a larger vocabulary": ("uint16", [1, 50_257], {}, "token 50257.*meta.json, for example"),
+    "uint32": ("uint32", IDS, {}, "0 in every second place.*meta.json, for example"),
+    "described": (
+        "uint32",
+        [1, 100_000],
+        {"meta.json": b'{"tokenizer": "x", "vocab_size": 100001, "dtype": "uint32"}'},
+        [1, 100_000],
+    ),
+    "an older folder of ours": (
+        "uint16",
+        [1, 60_000],
+        {"meta.json": b'{"tokenizer": "x", "vocab_size": 60001}'},
+        [1, 60_000],
+    ),
+}
 
 
-def test_training_and_evaluation_refuse_a_changed_byte(monkeypatch, capsys, loaded):
-    (loaded / "val.bin").write_bytes(flipped((loaded / "val.bin").read_bytes(), 50))
-    checkpoint = {"tokenizer": "bytes", "config": {"vocab_size": 320}}
-    assert "sha256" in refused(capsys, eval_passkey.validation, str(loaded), checkpoint, [8], 99)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv = f"train.py --data={loaded} --out={loaded}/out --train_len=32 --batch_tokens=64 --compile=off --device=cpu"
-    monkeypatch.setattr(sys, "argv", argv.split())
-    assert "sha256" in refused(capsys, train.main)
-    assert not (loaded / "out").exists()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def test_ranks_lie_beside_their_tokens(here, capsys, ranks, tmp_path):
-    (tmp_path / "good.jsonl").write_bytes(GOOD)
-    (tmp_path / "largest.tiktoken").write_bytes(ranks_file(BYTE_RANKS + PAIRS[:-1]))
-    prepare.main([str(tmp_path / "good.jsonl"), f"--out={tmp_path / 'out'}", f"--tokenizer={tmp_path / 'largest.tiktoken'}"])
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["tokenizer"] == "ranks-" + hashlib.sha256((tmp_path / "largest.tiktoken").read_bytes()).hexdigest()[:16]
-    tokenizer = prepare.get_tokenizer(meta["tokenizer"], tmp_path / "out")
-    assert tokenizer.name == meta["tokenizer"] and tokenizer.n_vocab == meta["vocab_size"] == 65_536
-    for split in ("train", "val"):
-        expected = tokens([text for text in documents(50, 0) if held_out(text) == (split == "val")], tokenizer)
-        assert expected.max() == 65_535
-        assert prepare.load(tmp_path / "out", split)[0].tolist() == expected.tolist()
-    (tmp_path / "out" / "tokenizer.tiktoken").write_bytes(ranks.read_bytes())
-    assert f"is not the tokenizer {tokenizer.name}" in refused(capsys, prepare.get_tokenizer, tokenizer.name, tmp_path / "out")
-
-
-@pytest.mark.parametrize("error", [requests.ConnectionError("no network"), ValueError("Hash mismatch for data downloaded")])
-def test_gpt2_without_a_network(monkeypatch, capsys, error):
-    def get_encoding(name):
-        raise error
-
-    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    assert "TIKTOKEN_CACHE_DIR" in refused(capsys, prepare.get_tokenizer, "gpt2")
+@pytest.mark.parametrize("name", NANOGPT)
+def test_nanogpts_folders_are_read_or_refused_and_hashed(name, capsys, tmp_path):
+    dtype, ids, others, expected = NANOGPT[name]
+    content = np.array(ids, dtype).tobytes()
+    write(tmp_path, {"train.bin": content} | others)
+    if isinstance(expected, str):
+        assert re.search(expected, refused(capsys, prepare.load, tmp_path, "train"))
+        return
+    array, meta = prepare.load(tmp_path, "train")
+    assert array.tolist() == expected
+    assert meta["train"] == {"tokens": len(ids), "sha256": hashlib.sha256(content).hexdigest()}
+    assert ("GPT-2 tokens in uint16" in capsys.readouterr().out) == (name == "GPT-2")

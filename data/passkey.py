@@ -1,0 +1,50 @@
+"""The passkey document: a key hidden in filler text, and the question for it. Also the drills that teach it.
+
+Source: Mohtashami & Jaggi, arXiv 2305.16300. The strings are the benchmark's own.
+"""
+
+import numpy as np
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+INFORMATION = "The pass key is {k}. Remember it. {k} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+ANSWER = " {k}"
+
+
+def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[list[int], int]:
+    """Return (document, n): a list of exactly `length` tokens, of which the last n are the answer.
+
+    The document has five lines: task, filler, information, filler, question and answer. The filler is cut, token by
+    token, to fill the length. `depth` in [0, 1] is the share of the filler that stands before the information.
+    Raises ValueError if `length` is too short for the fixed strings, which have 253 bytes.
+    """
+    encode = tokenizer.encode_ordinary
+    head, tail = encode(TASK + "\n"), encode("\n" + QUESTION)
+    info, answer = encode("\n" + INFORMATION.format(k=key) + "\n"), encode(ANSWER.format(k=key))
+    fixed = len(head) + len(info) + len(tail) + len(answer)
+    room = length - fixed
+    if room < 0:
+        raise ValueError(f"length {length} is too short for a passkey prompt: its fixed strings take {fixed} tokens")
+    filler = encode(FILLER + (" " + FILLER) * (room // len(encode(" " + FILLER)) + 1))
+    before = round(depth * room)
+    return head + filler[:before] + info + filler[: room - before] + tail + answer, len(answer)
+
+
+def drill(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Return (length,) byte tokens that repeat one key with pieces of filler between: retrieval at every distance.
+
+    A passkey document has only six bytes that need retrieval, too few for a small model to learn from. In a drill it is
+    up to one byte in eight. Each drill draws the longest piece of its filler: 16, 32, .. 256 bytes.
+    """
+    key, longest = rng.integers(10_000, 100_000), 2 ** rng.integers(4, 9)
+    lines = [INFORMATION, QUESTION + ANSWER, "The pass key is {k}."]
+    filler = " ".join([FILLER] * 3)
+    start, text = rng.integers(100), ""
+    while len(text) < start + length:
+        text += lines[rng.integers(len(lines))].format(k=key) + "\n"
+        text += filler[: rng.integers(longest)] + "\n"
+    return np.frombuffer(text[start : start + length].encode(), dtype=np.uint8)

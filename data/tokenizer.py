@@ -1,0 +1,169 @@
+"""Tokenizers with one interface, whichever library they come from.
+
+- name: what meta.json keeps; get_tokenizer(name, folder) finds the tokenizer again
+- n_vocab, eot: the number of tokens, and the token that ends a document
+- encode_ordinary(text): the tokens of any text
+- pieces(blocks), encode_batch(pieces): the same for text of any size, piece by piece, on all cores
+- decode(ids): the text
+- files: {name: content} of what has to lie beside the tokens
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import tiktoken
+
+from data.files import fail
+
+END = "<|endoftext|>"  # ends a document
+# GPT-2 splits a text into contractions, words, numbers, other signs and white space, and merges bytes within each.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s in that pattern; Python's \s has more
+CUT = re.compile(f"[{WHITE}](?=[^{WHITE}])")
+PIECE = 2**18  # characters
+
+
+class TiktokenTokenizer:
+    """A tiktoken.Encoding with GPT-2's pattern, or with one token a byte."""
+
+    def __init__(self, encoding: tiktoken.Encoding, files: dict[str, bytes]):
+        self.encoding, self.files = encoding, files
+        self.name, self.n_vocab, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
+        self.decode = encoding.decode
+
+    def pieces(self, blocks):
+        """Yield (piece, whether it is the last) of a text that comes in blocks. Together they have the whole's tokens.
+
+        A piece ends before the first white-space character that follows PIECE characters and precedes a word or sign.
+        GPT-2's pattern always begins a new match there. So no piece has 999 999 white-space characters before another
+        character, on which tiktoken panics. A run without such a place, one endless word for example, stays one piece:
+        tiktoken takes a minute and 8 GB for 60 MB of it.
+        """
+        text, start, look = "", 0, PIECE  # the piece begins at `start`; the next cut lies at `look` or behind it
+        for block in blocks:
+            text, start, look = text[start:] + block, 0, look - start
+            while place := CUT.search(text, look):
+                yield text[start : place.start()], False
+                start = place.start()
+                look = start + PIECE
+            look = max(look, len(text) - 1)  # what follows the last character is still to come
+        yield text[start:], True
+
+    def encode_batch(self, pieces: list[str]) -> list[list[int]]:
+        return self.encoding.encode_ordinary_batch(pieces, num_threads=os.cpu_count())
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        if len(text) < PIECE:
+            return self.encoding.encode_ordinary(text)
+        return [token for piece, _ in self.pieces([text]) for token in self.encoding.encode_ordinary(piece)]
+
+
+class JsonTokenizer:
+    """The tokenizer.json of a Hugging Face model. A special token that a text spells out becomes that token.
+
+    Where such a tokenizer may be cut is not known (Llama 2's marks the beginning of a text): it gets each text whole.
+    """
+
+    def __init__(self, path: Path, eot: str | None):
+        try:
+            import tokenizers
+        except ImportError:
+            fail(f"{path} needs the package tokenizers: pip install tokenizers")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            content = path.read_bytes()
+        except Exception as error:  # tokenizers raises Exception itself
+            fail(f"{path} is not a tokenizer.json: {error}")
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        eot = eot or end_token(path.parent, self.tokenizer)
+        self.eot = self.tokenizer.token_to_id(eot or "")
+        if self.eot is None:
+            fail(f"{path} needs a token that ends a document, and {eot!r} is none of its tokens: name one with --eot")
+        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+        config = json.dumps({"eos_token": eot}).encode()
+        self.files = {"tokenizer.json": content, "tokenizer_config.json": config}
+        self.name = "json-" + hashlib.sha256(content + config).hexdigest()[:16]
+
+    def pieces(self, blocks):
+        yield "".join(blocks), True
+
+    def encode_batch(self, pieces: list[str]) -> list[list[int]]:
+        # Half of a surrogate pair, which JSON can hold, becomes U+FFFD, as in tiktoken.
+        pieces = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in pieces]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def end_token(folder: Path, tokenizer) -> str | None:
+    """The end-of-document token that the config files beside a tokenizer.json name."""
+    for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
+        try:
+            token = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError):
+            continue
+        if isinstance(token, list):
+            token = token[0]
+        if isinstance(token, dict):
+            token = token["content"]
+        if token is not None:
+            return tokenizer.id_to_token(token) if isinstance(token, int) else token
+    return None
+
+
+def byte_tokenizer() -> TiktokenTokenizer:
+    """One token for each byte, and one for the end of a document: 257 tokens."""
+    ranks = {bytes([b]): b for b in range(256)}
+    encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
+    return TiktokenTokenizer(encoding, {})
+
+
+def ranks_tokenizer(path: Path) -> TiktokenTokenizer:
+    """A tokenizer with GPT-2's pattern from a file of ranks: on each line, a token's bytes in base64 and its rank."""
+    try:
+        content = path.read_bytes()
+        lines = [line.split() for line in content.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (OSError, ValueError) as error:
+        fail(f"{path} is not a file of tokenizer ranks: {error}")
+    if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
+        fail(f"{path} is not a file of tokenizer ranks: it needs 0, 1, 2 .. once each, and the 256 bytes as tokens")
+    name, special = "ranks-" + hashlib.sha256(content).hexdigest()[:16], {END: len(ranks)}
+    encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return TiktokenTokenizer(encoding, {"tokenizer.tiktoken": content})
+
+
+def get_tokenizer(name: str, folder: str | Path | None = None, eot: str | None = None):
+    """The tokenizer `name`: "bytes", "gpt2", a FILE.tiktoken, a tokenizer.json, or what meta.json in `folder` names.
+
+    `eot` is the end-of-document token of a tokenizer.json that has none in the config beside it.
+    """
+    for prefix, file in (("ranks-", "tokenizer.tiktoken"), ("json-", "tokenizer.json")):
+        if folder is not None and name.startswith(prefix):
+            tokenizer = get_tokenizer(str(Path(folder) / file))
+            if tokenizer.name != name:
+                fail(f"{folder}/{file} is not the tokenizer {name}: name the data that the model was trained on")
+            return tokenizer
+    if name.endswith(".json"):
+        return JsonTokenizer(Path(name), eot)
+    if eot is not None:
+        fail(f"--eot is for a tokenizer.json: {name} has its own end-of-document token")
+    if name.endswith(".tiktoken"):
+        return ranks_tokenizer(Path(name))
+    if name == "bytes":
+        return byte_tokenizer()
+    if name != "gpt2":
+        fail(f"tokenizer {name!r} is unknown: use gpt2, bytes, a FILE.tiktoken or a model's tokenizer.json")
+    try:
+        return TiktokenTokenizer(tiktoken.get_encoding("gpt2"), {})
+    except (OSError, ValueError):  # no network; another file than GPT-2's came
+        fail("tiktoken could not download GPT-2's tokenizer: connect once, or set TIKTOKEN_CACHE_DIR to a cache of it")

@@ -27,7 +27,14 @@ def test_train_from_nothing_then_compare(tmp_path):
     meta = json.loads((tmp_path / "data" / "builtin" / "meta.json").read_text())
     assert meta["train"]["tokens"] > 10_000_000 and meta["val"]["tokens"] > 100_000
     fope = tmp_path / "out" / "tiny-fope-s0"
-    assert sorted(path.name for path in fope.iterdir()) == ["ckpt.pt", "eval.json", "eval.md", "eval.png", "log.jsonl", "loss.png"]
+    assert sorted(path.name for path in fope.iterdir()) == [
+        "ckpt.pt",
+        "eval.json",
+        "eval.md",
+        "eval.png",
+        "log.jsonl",
+        "loss.png",
+    ]
     assert (fope / "eval.md").read_text() in printed
     assert "| | seeds | 512 | 1024 | 2048 | 4096 | 8192 |" in printed
     assert json.loads((fope / "eval.json").read_text())["trials"] == 2

@@ -39,7 +39,10 @@ TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 def write_data(folder, train_tokens=None, val_tokens=None):
     text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 100, dtype=np.uint8).astype(np.uint16)
     default = text[: SEQUENCES * N + 1], text[:700]
-    tokens = [np.asarray(d if given is None else given, dtype=np.uint16) for d, given in zip(default, (train_tokens, val_tokens))]
+    tokens = [
+        np.asarray(d if given is None else given, dtype=np.uint16)
+        for d, given in zip(default, (train_tokens, val_tokens))
+    ]
     prepare.write(folder, get_tokenizer("bytes"), *tokens, {"source": "a fox"})
     return folder
 
@@ -100,13 +103,22 @@ def run_jobs(tmp, jobs, world=1):
 
     With world > 1 every job is that many processes, and returncode a list.
     """
-    orders = [(world, argv, patch, str(tmp / f"{world}-{i}.out"), str(tmp / f"{world}-{i}.err")) for i, (argv, patch) in enumerate(jobs)]
-    done = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(orders), env=ENV, text=True, capture_output=True, timeout=300)
+    orders = [
+        (world, argv, patch, str(tmp / f"{world}-{i}.out"), str(tmp / f"{world}-{i}.err"))
+        for i, (argv, patch) in enumerate(jobs)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], input=json.dumps(orders), env=ENV, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     ends = []
     for (_, argv, _, out, err), line in zip(orders, done.stdout.splitlines(), strict=True):
         status = json.loads(line)
-        ends.append(subprocess.CompletedProcess(argv, status if world > 1 else status[0], Path(out).read_text(), Path(err).read_text()))
+        ends.append(
+            subprocess.CompletedProcess(
+                argv, status if world > 1 else status[0], Path(out).read_text(), Path(err).read_text()
+            )
+        )
         Path(out).unlink(), Path(err).unlink()
     return ends
 
@@ -330,7 +342,9 @@ def limit_file_size(size):
 
 NO_LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)"
 NO_SPACE = "raise OSError(28, 'No space left')"
-HALF_CHECKPOINT = f"b = io.BytesIO(); real(args[0], b); args[1].write(b.getvalue()[:len(b.getvalue()) // 2]); args[1].flush(); {KILL}"
+HALF_CHECKPOINT = (
+    f"b = io.BytesIO(); real(args[0], b); args[1].write(b.getvalue()[:len(b.getvalue()) // 2]); args[1].flush(); {KILL}"
+)
 HALF_LINE = f"super().write(data[:20]); {KILL}"
 ROOM_FOR_HALF = limit_file_size("os.fstat(log.fileno()).st_size + 20")
 
@@ -372,7 +386,9 @@ def stopped(data, tmp_path_factory):
     assert reference.returncode == 0, reference.stderr
     left = {name: (checkpoint(out[name])["step"] if (out[name] / "ckpt.pt").exists() else None) for name in STOPS}
     files = {name: sorted(path.name for path in out[name].iterdir()) for name in STOPS}
-    second = [(flags(data, out[name], "--resume"), patch) for name, patch in [*AGAIN.items(), *((name, "") for name in STOPS)]]
+    second = [
+        (flags(data, out[name], "--resume"), patch) for name, patch in [*AGAIN.items(), *((name, "") for name in STOPS)]
+    ]
     resumed = run_jobs(tmp, second)
     for again in [resumed.pop(0) for _ in AGAIN]:
         assert again.returncode == -signal.SIGKILL, again.stderr
@@ -439,7 +455,9 @@ def test_ctrl_c_ends_the_evaluation_after_training(monkeypatch, tmp_path):
 
     folder = write_data(tmp_path / "data", val_tokens=np.full(4097, 32))
     monkeypatch.setattr(train.eval_passkey, "main", evaluation)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts background jobs with Ctrl-C ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             run_here(monkeypatch, flags(folder, tmp_path / "out", "--steps=1", "--eval_trials=1", "--train_len=256"))
@@ -478,7 +496,9 @@ def test_the_log_has_the_same_steps_stopped_or_not(monkeypatch, data, tmp_path):
 
 def test_a_signal_in_the_last_step_skips_the_evaluation(monkeypatch, data, tmp_path):
     write_data(tmp_path / "long", np.arange(3000) % 250, np.arange(5000) % 250)
-    argv = flags(tmp_path / "long", tmp_path / "out", "--train_len=256", "--batch_tokens=1024", "--eval_trials=1", "--steps=2")
+    argv = flags(
+        tmp_path / "long", tmp_path / "out", "--train_len=256", "--batch_tokens=1024", "--eval_trials=1", "--steps=2"
+    )
     real = train.replace_file
 
     def signal_while_it_saves(path, write):
@@ -520,7 +540,9 @@ def shared(data, tmp_path_factory):
 def test_every_division_sees_the_same_global_batches(stopped, shared):
     seen = {1: stopped["seen"]} | {n: folder for n, (_, folder) in shared.items()}
     for processes, folder in seen.items():
-        lines = [[json.loads(line) for line in (folder / str(rank)).read_text().splitlines()] for rank in range(processes)]
+        lines = [
+            [json.loads(line) for line in (folder / str(rank)).read_text().splitlines()] for rank in range(processes)
+        ]
         micro = 4 // processes
         assert all(len(sequences) == 2 for rank in lines for sequences in rank)
         for step in range(STEPS):
@@ -537,7 +559,10 @@ def test_processes_agree_with_one(stopped, shared, processes):
     assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in one], rel=0, abs=1e-5)
     assert [line["grad_norm"] for line in many] == pytest.approx([line["grad_norm"] for line in one], rel=1e-4)
     assert any(line["grad_norm"] > 1 for line in one)  # before clipping
-    val = [[line["val_loss"] for line in log(out) if "val_loss" in line] for out in (stopped["reference"], shared[processes][0])]
+    val = [
+        [line["val_loss"] for line in log(out) if "val_loss" in line]
+        for out in (stopped["reference"], shared[processes][0])
+    ]
     assert len(val[0]) == 2 and val[1] == pytest.approx(val[0], rel=0, abs=1e-5)
 
 
@@ -563,11 +588,17 @@ def pairs(data, stopped, tmp_path_factory):
     jobs = {name: (data, [], patch) for name, (patch, _, _) in SHARED_STOPS.items()}
     looks = on_call("train.DistributedDataParallel.forward", 1, "assert not args[0].will_sync_module_buffers()")
     jobs |= {"keeps its buffers": (data, ["--steps=1"], looks)}
-    jobs |= {"no data": (tmp / "nothing", [], ""), "bad share": (data, ["--batch_tokens=96"], ""), "diverges": (data, [], diverges)}
+    jobs |= {
+        "no data": (tmp / "nothing", [], ""),
+        "bad share": (data, ["--batch_tokens=96"], ""),
+        "diverges": (data, [], diverges),
+    }
     shutil.copytree(stopped["reference"], tmp / "no shared folder")
     elsewhere = only_rank(1, "sys.argv = [arg + '-elsewhere' if arg.startswith('--out') else arg for arg in sys.argv]")
     jobs |= {"no shared folder": (data, ["--resume"], elsewhere)}
-    ends = run_jobs(tmp, [(flags(folder, tmp / name, *more), patch) for name, (folder, more, patch) in jobs.items()], world=2)
+    ends = run_jobs(
+        tmp, [(flags(folder, tmp / name, *more), patch) for name, (folder, more, patch) in jobs.items()], world=2
+    )
     return {name: (tmp / name, end) for name, end in zip(jobs, ends)}
 
 
@@ -629,7 +660,13 @@ def test_two_agents(data, stopped, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    rendezvous = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1")
+    rendezvous = (
+        "--nnodes=2",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=test",
+        "--local_addr=127.0.0.1",
+    )
     agents = [torchrun(1, flags(data, tmp_path / "out"), rendezvous=rendezvous) for _ in range(2)]
     for end in map(finish, agents):
         assert end.returncode == 0, end.stderr
@@ -653,7 +690,10 @@ def compilers(data, tmp_path_factory):
                      "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # fmt: skip
     kinds = {"with": ("on", 3, ENV), "without auto": ("auto", 1, without), "without on": ("on", 1, without)}
     started = {
-        kind: start([ROOT / "train.py", *flags(data, tmp / kind, f"--steps={n}", "--micro_tokens=256"), f"--compile={how}"], env=env)
+        kind: start(
+            [ROOT / "train.py", *flags(data, tmp / kind, f"--steps={n}", "--micro_tokens=256"), f"--compile={how}"],
+            env=env,
+        )
         for kind, (how, n, env) in kinds.items()
     }
     return {kind: (tmp / kind, finish(process)) for kind, process in started.items()}
@@ -723,17 +763,31 @@ def test_fope_keeps_its_coefficients_unless_n_changes(monkeypatch, capsys, data,
         d, m = source[name].shape[-2:]
         assert longer[name].shape[-1] > m  # more frequencies are above the floor of the longer N
         assert torch.equal(longer[name][..., :d, :m], source[name])
-        assert torch.equal(longer[name][..., d:, :], fresh[name][..., d:, :]) and torch.equal(longer[name][..., m:], fresh[name][..., m:])
+        assert torch.equal(longer[name][..., d:, :], fresh[name][..., d:, :]) and torch.equal(
+            longer[name][..., m:], fresh[name][..., m:]
+        )
 
 
 def test_only_kept_frequencies_keep_their_coefficients(monkeypatch, data, tmp_path):
     """With n_freqs, a series also has frequencies between the floor and pi: at another N those are others."""
     run_here(monkeypatch, flags(data, tmp_path / "short", "--n_freqs=12", "--steps=1"))
-    argv = flags(data, tmp_path / "longer", f"--init_from={tmp_path}/short", "--n_freqs=12", "--train_len=64", "--lr=0", "--steps=1", "--seed=3")
+    argv = flags(
+        data,
+        tmp_path / "longer",
+        f"--init_from={tmp_path}/short",
+        "--n_freqs=12",
+        "--train_len=64",
+        "--lr=0",
+        "--steps=1",
+        "--seed=3",
+    )
     run_here(monkeypatch, argv)
     cfg = train.parse_flags(argv)
     cfg.vocab_size = 320
-    fresh, source, longer = GPT(cfg).state_dict(), *(checkpoint(tmp_path / name)["model"] for name in ("short", "longer"))
+    fresh, source, longer = (
+        GPT(cfg).state_dict(),
+        *(checkpoint(tmp_path / name)["model"] for name in ("short", "longer")),
+    )
     coefficients = [name for name in source if ".position." in name]
     assert coefficients
     for name in coefficients:
@@ -774,7 +828,9 @@ def folders(data, stopped, tmp_path_factory):
     torch.save({"weights": torch.zeros(3)}, d / "foreign.pt")
     cfg = train.parse_flags(["--n_embd=64", "--n_layer=1", "--train_len=32"])
     cfg.vocab_size = 320
-    torch.save({"step": 1, "config": {}, "tokenizer": "bytes", "model": GPT(cfg).state_dict(), "optimizer": {}}, d / "wide.pt")
+    torch.save(
+        {"step": 1, "config": {}, "tokenizer": "bytes", "model": GPT(cfg).state_dict(), "optimizer": {}}, d / "wide.pt"
+    )
     return d
 
 
@@ -851,7 +907,9 @@ def test_help_gives_every_flag_its_meaning_type_and_default(capsys):
     assert end.value.code == 0
     assert all(f"{group}:" in text for group in ("model", "position", "training", "machine"))
     for field in dataclasses.fields(train.TrainConfig):
-        assert re.search(rf"--{field.name} [^-]\S.*?\({field.type.__name__}, default {field.default!r}\)", text), field.name
+        assert re.search(rf"--{field.name} [^-]\S.*?\({field.type.__name__}, default {field.default!r}\)", text), (
+            field.name
+        )
 
 
 def test_bad_input_of_the_real_command(data, tmp_path):

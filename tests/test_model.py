@@ -81,7 +81,7 @@ def test_matrices_start_from_a_normal_cut_at_three_standard_deviations(changes, 
             assert 2.75 * std < weight.abs().max() <= 3.0001 * std, name
 
 
-def test_one_seed_gives_every_position_embedding_the_same_start():
+def test_a_seed_gives_all_embeddings_the_same_weights_and_each_layer_its_own_coefficients():
     weights = {}
     for pos in POSITIONS:
         torch.manual_seed(len(weights))  # the global generator has no say
@@ -90,11 +90,8 @@ def test_one_seed_gives_every_position_embedding_the_same_start():
         assert all(torch.equal(weight, weights[pos][name]) for pos in POSITIONS), name
     other = GPT(config("nope", seed=4)).embedding.weight
     assert torch.isclose(other, weights["nope"]["embedding.weight"]).float().mean() < 0.01
-
-
-def test_coefficients_differ_between_layers_and_seeds():
     draws = [block.attention.position.coef for seed in range(3) for block in GPT(config(seed=seed)).blocks]
-    assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])  # layers and seeds differ
 
 
 @pytest.mark.parametrize(
@@ -199,15 +196,6 @@ def test_no_token_sees_the_future_and_every_later_one_sees_it(pos):
     assert ((got[:, 20:] - want[:, 20:]).abs().amax(-1) > 1e-4).all()
 
 
-def test_bfloat16_autocast_is_near_float32():
-    for pos in POSITIONS:
-        model, tokens = loud(pos), some_tokens(2, 40)
-        with find_device("cpu", "bfloat16")[2]():
-            loss = model(tokens, tokens)
-        assert loss.dtype == torch.float32
-        assert loss.item() == pytest.approx(model(tokens, tokens).item(), rel=0.01)
-
-
 class Largest(TorchDispatchMode):
     """Remembers the size of the largest tensor that any operation returned."""
 
@@ -231,10 +219,12 @@ def test_training_builds_no_tensor_that_grows_with_the_square_of_the_length(pos)
 
 @pytest.mark.parametrize("pos", ["fope", "kerple", "fire"])
 def test_evaluation_takes_logits_and_bias_in_pieces(pos):
-    model, tokens = loud(pos, n_layer=1, vocab_size=3000), some_tokens(1, 4096, 3000)
+    model, tokens = loud(pos, n_layer=1, vocab_size=3000), some_tokens(1, 2048, 3000)
     with Largest() as largest, torch.no_grad():
         loss = model(tokens, tokens)
-    assert largest.numel <= (256 * 4096 * 32 if pos == "fire" else 256 * 3000 + 2 * 256 * 4096)  # FIRE's MLP has 32 units
+    assert largest.numel <= (
+        256 * 2048 * 32 if pos == "fire" else 256 * 3000 + 2 * 256 * 2048
+    )  # FIRE's MLP has 32 units
     assert loss.item() == pytest.approx(F.cross_entropy(model(tokens)[0], tokens[0]).item(), rel=1e-6)
 
 
@@ -269,24 +259,17 @@ def test_a_decoding_step_compiles_whole(pos):
         near(torch.cat(steps, dim=1), model(tokens))
 
 
-@pytest.mark.parametrize("pos", POSITIONS)
-def test_greedy_takes_the_most_likely_token_each_time(pos):
-    model, prompt = loud(pos), some_tokens(2, 5)
-    want = prompt
-    for _ in range(30):
-        want = torch.cat([want, model(want)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(model.generate(prompt, 30), want)
-
-
 @pytest.mark.parametrize("n_kv_head", [0, 1])
 @pytest.mark.parametrize("pos", POSITIONS)
-def test_left_padding_changes_no_row(pos, n_kv_head):
+def test_greedy_takes_the_most_likely_token_each_time_whatever_the_left_padding(pos, n_kv_head):
     model, tokens, pads = loud(pos, n_kv_head=n_kv_head), some_tokens(3, 30), torch.tensor([0, 5, 29])
+    logits, got = model(tokens, pads=pads), model.generate(tokens, 20, pads=pads)
     for b, n in enumerate(pads):
         alone = tokens[b : b + 1, n:]
-        near(model(tokens, pads=pads)[b : b + 1, n:], model(alone))
-        want = model.generate(alone, 20)
-        assert torch.equal(model.generate(tokens, 20, pads=pads)[b : b + 1, n:], want)
+        near(logits[b : b + 1, n:], model(alone))
+        for _ in range(20):
+            alone = torch.cat([alone, model(alone)[:, -1].argmax(-1, keepdim=True)], dim=1)
+        assert torch.equal(got[b : b + 1, n:], alone)
 
 
 def test_a_row_that_has_ended_is_filled_up():

@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def lines_of(experiment, scale):
     """The lines of each run: its start's training (of continuations only), its own training, its evaluation."""
-    return [[line for _, line in experiments.commands(run, scale, 3, 7, 4)] for run in experiments.runs_of(experiment, scale)]
+    return [
+        [line for _, line in experiments.commands(run, scale, 3, 7, 4)]
+        for run in experiments.runs_of(experiment, scale)
+    ]
 
 
 @pytest.mark.parametrize("scale", experiments.SCALES)
@@ -36,7 +39,11 @@ def test_commands_are_valid_and_differ(experiment, scale):
         words = shlex.split(train_line)
         cfg = train.parse_flags(words[words.index("train.py") + 1 :])
         configs.append({k: v for k, v in vars(cfg).items() if k != "out"})
-        assert cfg.seed == 3 and cfg.resume and f"eval_passkey.py {cfg.out} --lengths=512,1024,2048,4096,8192 --trials=7" in eval_line
+        assert (
+            cfg.seed == 3
+            and cfg.resume
+            and f"eval_passkey.py {cfg.out} --lengths=512,1024,2048,4096,8192 --trials=7" in eval_line
+        )
         assert (cfg.data == "data/gutenberg") == ("--data=data/c4" in eval_line)
         assert (cfg.train_len == 1024) == (experiment == "fig4")
         if "tiny" in scale:
@@ -51,15 +58,25 @@ def test_commands_are_valid_and_differ(experiment, scale):
 def test_continuation_is_a_tenth_at_twice_the_length():
     for scale, steps in (("tiny", 3000), ("tiny5k", 5000), ("60M", 19_073)):
         for start, line, _ in lines_of("fig4", scale):
-            started, cfg = (train.parse_flags(shlex.split(x)[shlex.split(x).index("train.py") + 1 :]) for x in (start, line))
+            started, cfg = (
+                train.parse_flags(shlex.split(x)[shlex.split(x).index("train.py") + 1 :]) for x in (start, line)
+            )
             base = train.parse_flags([f"--model={cfg.model}"])
-            assert (cfg.steps, cfg.warmup, cfg.lr, cfg.train_len) == (steps // 10, steps // 200, base.lr / 2, 2 * base.train_len)
+            assert (cfg.steps, cfg.warmup, cfg.lr, cfg.train_len) == (
+                steps // 10,
+                steps // 200,
+                base.lr / 2,
+                2 * base.train_len,
+            )
             assert cfg.init_from == started.out == f"out/{scale}/{Path(cfg.out).name.split('-then-')[0]}-s3"
             assert (started.steps, started.train_len, started.init_from) == (steps, base.train_len, "")
 
 
 def test_doubled():
-    cfg = {run: train.parse_flags(shlex.split(experiments.commands(run, "60M", 0, 1, 1)[-2][1])[4:]) for run in experiments.RUNS}
+    cfg = {
+        run: train.parse_flags(shlex.split(experiments.commands(run, "60M", 0, 1, 1)[-2][1])[4:])
+        for run in experiments.RUNS
+    }
     assert cfg["fope-double-head-dim"].head_dim == 128 and cfg["fope-double-head-dim"].n_head == 8
     more = cfg["fope-double-heads-layers"]
     assert (more.head_dim, more.n_head, more.n_layer) == (64, 16, 16)
@@ -81,7 +98,9 @@ experiments.RUNS["rope-then-yarn"] = "--pos=rope --scaling=ntk"
 experiments.RUNS["nope"] = "--pos=nope --n_embd=256 --n_hidden=2048 --batch_tokens=8192"
 experiments.RUNS["fope"] = "--pos=rope --scaling=ntk"
 experiments.main({list(argv)!r})"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     if stop:  # `at` five more lines of this log
         deadline, before = time.monotonic() + 100, at.read_text().count("\n") if at.exists() else 0
         while not (at.exists() and at.read_text().count("\n") > before + 5) and time.monotonic() < deadline:
@@ -101,6 +120,7 @@ def folder_with_a_corpus(folder):
 def test_one_is_stopped_finished_and_not_run_again(tmp_path):
     folder_with_a_corpus(tmp_path)
     log = tmp_path / "out/tiny/rope-s0/log.jsonl"
+
     def ctrl_c(pid):  # goes to all processes
         os.killpg(pid, signal.SIGINT)
 
@@ -112,7 +132,10 @@ def test_one_is_stopped_finished_and_not_run_again(tmp_path):
         stopped = call(tmp_path, "fig4", "--runs=rope-then-yarn", "--trials=2", stop=stop, at=log)
         assert stopped.returncode == 2 and "stopped: the same command goes on" in stopped.stderr
         steps.append(json.loads(log.read_text().splitlines()[-1])["step"])
-        assert steps[-2] < steps[-1] < 200 and f"saved at step {steps[-1]}" in (tmp_path / "out/tiny/rope-s0.log").read_text()
+        assert (
+            steps[-2] < steps[-1] < 200
+            and f"saved at step {steps[-1]}" in (tmp_path / "out/tiny/rope-s0.log").read_text()
+        )
         assert not (tmp_path / "paper").exists()
 
     failed = call(tmp_path, "fig4", "--runs=rope-then-yarn", "--trials=2")  # a run with a bad flag
@@ -123,13 +146,20 @@ def test_one_is_stopped_finished_and_not_run_again(tmp_path):
     assert json.loads(log.read_text().splitlines()[-1])["step"] == 200
     before = (start / "ckpt.pt").stat().st_mtime_ns
 
-    failed = call(tmp_path, "fig4", "--runs=fope-then-fope", "--trials=2")  # a start with a bad flag: nothing is built on it
+    failed = call(
+        tmp_path, "fig4", "--runs=fope-then-fope", "--trials=2"
+    )  # a start with a bad flag: nothing is built on it
     assert failed.returncode == 1 and "train.py" in failed.stdout and "fope-then-fope" not in failed.stdout
 
     done = call(tmp_path, "fig4", "--runs=rope-then-fope", "--trials=2")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "paper/results/tiny/rope-then-fope-s0.json").read_text())
-    assert (result["step"], result["lengths"], result["trials"], result["config"]["init_from"]) == (2, [512, 1024], 2, "out/tiny/rope-s0")
+    assert (result["step"], result["lengths"], result["trials"], result["config"]["init_from"]) == (
+        2,
+        [512, 1024],
+        2,
+        "out/tiny/rope-s0",
+    )
     assert "weights from out/tiny/rope-s0" in (tmp_path / "out/tiny/rope-then-fope-s0.log").read_text()
     assert (start / "ckpt.pt").stat().st_mtime_ns == before  # not trained again
     assert "rope-then-fope: passkey" in (tmp_path / "paper/results/tiny/fig4.md").read_text()
@@ -143,9 +173,18 @@ def test_a_stop_waits_for_every_run(tmp_path):
     """Two at a time where there are two cores: the slower one must have saved as well when the driver ends."""
     folder_with_a_corpus(tmp_path)
     slow = tmp_path / "out/tiny/nope-s0"
-    stopped = call(tmp_path, "fig1", "--runs=rope,nope", "--trials=2", stop=lambda pid: os.killpg(pid, signal.SIGINT), at=slow / "log.jsonl")
+    stopped = call(
+        tmp_path,
+        "fig1",
+        "--runs=rope,nope",
+        "--trials=2",
+        stop=lambda pid: os.killpg(pid, signal.SIGINT),
+        at=slow / "log.jsonl",
+    )
     assert stopped.returncode == 2 and "stopped: the same command goes on" in stopped.stderr
-    assert "stopped and saved at step" in (tmp_path / "out/tiny/nope-s0.log").read_text() and (slow / "ckpt.pt").exists()
+    assert (
+        "stopped and saved at step" in (tmp_path / "out/tiny/nope-s0.log").read_text() and (slow / "ckpt.pt").exists()
+    )
 
 
 def test_figure_of_what_is_varied(tmp_path, monkeypatch, capsys):
@@ -191,7 +230,14 @@ def test_dry_run_prints_what_is_done_too_and_writes_nothing(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "argv, words",
-    [(["fig1", "--trials=0"], "--trials"), (["fig5"], "two corpora"), (["fig6b", "--scale=180M"], "--scale=60M"), (["fig1", "--seeds=x"], "list of numbers"), (["fig1", "--runs=fope,yarn"], "no run yarn"), (["fig9"], "fig9")],
+    [
+        (["fig1", "--trials=0"], "--trials"),
+        (["fig5"], "two corpora"),
+        (["fig6b", "--scale=180M"], "--scale=60M"),
+        (["fig1", "--seeds=x"], "list of numbers"),
+        (["fig1", "--runs=fope,yarn"], "no run yarn"),
+        (["fig9"], "fig9"),
+    ],
 )
 def test_bad_input(argv, words, capsys):
     with pytest.raises(SystemExit) as end:

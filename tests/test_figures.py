@@ -45,11 +45,17 @@ def test_silu_makes_the_first_tones_and_even_mixtures_only():
 
 def test_mixture_is_two_pairs_of_series():
     truth, fope, rope = figures.mixture(0.3, 7), figures.mixture(0.2, 6), figures.mixture(0.0, 0)
-    a = FoPE(n_head=1, head_dim=4, train_len=figures.N, theta=100.0, coef_init="normal", sigma=0.2, seed=6).coef[0, 0].double()
+    a = (
+        FoPE(n_head=1, head_dim=4, train_len=figures.N, theta=100.0, coef_init="normal", sigma=0.2, seed=6)
+        .coef[0, 0]
+        .double()
+    )
     for n in (0, 1, 17, 511):
         waves = math.cos(n), math.cos(0.1 * n)
         assert rope[n] == pytest.approx(sum(waves), abs=1e-9)
-        assert fope[n] == pytest.approx(sum(waves) + sum(a[w, m].item() * waves[w] for w in (0, 1) for m in (0, 1)), abs=1e-6)
+        assert fope[n] == pytest.approx(
+            sum(waves) + sum(a[w, m].item() * waves[w] for w in (0, 1) for m in (0, 1)), abs=1e-6
+        )
     assert np.abs(truth - fope).max() > 0.05
 
 
@@ -58,7 +64,9 @@ def test_mean_logit_is_that_of_the_module():
     q, k = 0.7 + torch.randn(2, 20_000, 1, 1, figures.HEAD_DIM, generator=torch.Generator().manual_seed(0))
     for n in (0, 5, 60):
         logits = (position(q, k, n)[0] * position(q, k, 0)[1]).sum(-1) / figures.HEAD_DIM**0.5
-        assert logits.mean().item() == pytest.approx(figures.mean_logit(0.7, np.array([n]))[0], abs=4 * logits.std().item() / 20_000**0.5)
+        assert logits.mean().item() == pytest.approx(
+            figures.mean_logit(0.7, np.array([n]))[0], abs=4 * logits.std().item() / 20_000**0.5
+        )
 
 
 def test_measured_means_are_those_of_q_and_k(tmp_path, monkeypatch):
@@ -69,7 +77,9 @@ def test_measured_means_are_those_of_q_and_k(tmp_path, monkeypatch):
     for name in ("train", "val"):
         tokens.tofile(tmp_path / f"{name}.bin")
     config = vars(cfg) | {"data": str(tmp_path)}
-    torch.save({"step": 7, "config": config, "tokenizer": "gpt2", "model": model.state_dict()}, tmp_path / "run/ckpt.pt")
+    torch.save(
+        {"step": 7, "config": config, "tokenizer": "gpt2", "model": model.state_dict()}, tmp_path / "run/ckpt.pt"
+    )
     monkeypatch.setattr(figures, "QK_MEANS", tmp_path / "means.json")
     figures.measure_qk([str(tmp_path / "run")])
     found = json.loads((tmp_path / "means.json").read_text())["rope"]
@@ -85,7 +95,9 @@ def test_measured_means_are_those_of_q_and_k(tmp_path, monkeypatch):
 def plain(position, T):
     """The logit of every two unit vectors at every two positions, by the module itself, one diagonal at a time."""
     d, off, total = position.head_dim, 0.0, 0.0
-    placed = torch.stack([position(*[unit.expand(1, 2, T, d)] * 2)[0][0] for unit in torch.eye(d)]).double()  # (d, 2 heads, T, d)
+    placed = torch.stack(
+        [position(*[unit.expand(1, 2, T, d)] * 2)[0][0] for unit in torch.eye(d)]
+    ).double()  # (d, 2 heads, T, d)
     logit = torch.einsum("ahic,bhjc->hijab", placed, placed)
     for h in range(2):
         for n in range(T):
@@ -95,7 +107,11 @@ def plain(position, T):
     return math.sqrt(off / total)
 
 
-@pytest.mark.parametrize("options", [{}, dict(coef_init="normal"), dict(clip_floor=False, sigma=1.0), dict(n_freqs=9, coef_init="normal")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(coef_init="normal"), dict(clip_floor=False, sigma=1.0), dict(n_freqs=9, coef_init="normal")],
+    ids=str,
+)
 def test_departure_is_the_variance_along_diagonals(options):
     position = FoPE(**dict(n_head=2, head_dim=16, train_len=24, theta=10.0, seed=0) | options)
     assert figures.departure(position, 24) == pytest.approx(plain(position, 24), rel=1e-4)

@@ -152,17 +152,17 @@ def write_part(part: Path, source: Source, path: str, tokenizer, column: str, li
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     records, dtype = Counter(), token_type(tokenizer)
+    end = np.array([tokenizer.eot], dtype).tobytes()
     counts = {split: {"tokens": 0, "documents": 0} for split in ("train", "val")}
     with open(part / "train.bin", "wb") as train, open(part / "val.bin", "wb") as val:
         files = {"train": train, "val": val}
         for batch in tokenized(pieces(source, path, column, tokenizer, records), tokenizer):
             for (split, _, last), tokens in batch:
-                if last:
-                    tokens.append(tokenizer.eot)
-                counts[split]["documents"] += last
-                counts[split]["tokens"] += len(tokens)
                 files[split].write(np.array(tokens, dtype))
-                bar.update(len(tokens) if split == "train" else 0)
+                files[split].write(end * last)
+                counts[split]["documents"] += last
+                counts[split]["tokens"] += len(tokens) + last
+                bar.update(len(tokens) + last if split == "train" else 0)
             if limit and counts["train"]["tokens"] >= limit:
                 counts["train"]["tokens"] = limit
                 train.truncate(limit * dtype.itemsize)

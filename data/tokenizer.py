@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from data.files import fail
@@ -53,8 +55,16 @@ class TiktokenTokenizer:
             look = max(look, len(text) - 1)  # what follows the last character is still to come
         yield text[start:], True
 
-    def encode_batch(self, pieces: list[str]) -> list[list[int]]:
-        return self.encoding.encode_ordinary_batch(pieces, num_threads=os.cpu_count())
+    def encode_array(self, text: str) -> np.ndarray:
+        """The tokens of a piece. tiktoken makes an array faster than a list, and other threads run meanwhile."""
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+            return np.array(self.encoding.encode_ordinary(text))
+
+    def encode_batch(self, pieces: list[str]) -> list[np.ndarray]:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return list(threads.map(self.encode_array, pieces))
 
     def encode_ordinary(self, text: str) -> list[int]:
         if len(text) < PIECE:

@@ -346,7 +346,8 @@ def test_compiled_code_with_tensor_positions_takes_what_was_reserved():
         (dict(coef_init="uniform"), "xavier or normal, not 'uniform'"),
         (dict(sigma=-1.0), "sigma.*-1"),
         (dict(sigma=math.nan), "sigma.*nan"),
-        (dict(omega=torch.ones(3)), "omega.*32 values"),
+        (dict(omega=torch.ones(3)), "omega has 3 values"),
+        (dict(omega=torch.arange(32) + 1.0), "descending"),
     ],
     ids=str,
 )
@@ -359,7 +360,8 @@ MISFITS = [
     (2, 32, None, "head_dim 16"),
     (1, 16, None, "n_kv_head 2"),
     (2, 16, -1, "-1 is"),
-    (2, 16, torch.tensor([-1]), "-1 is"),
+    (2, 16, torch.arange(-1, 39), "-1 is"),
+    (2, 16, torch.tensor(3), "shape"),
 ]
 
 

@@ -1,20 +1,20 @@
-"""The paper's pre-training experiments, each by one command, at its scale or in miniature with the same code.
+"""The paper's pre-training experiments, each one command, at the paper's scale or in miniature.
 
-    python paper/experiments.py fig1                               in miniature: every CPU core or GPU takes a run at a time
-    python paper/experiments.py fig1 --scale=1.2B                  as the paper: torchrun on all GPUs, a run at a time
+    python paper/experiments.py fig1                  in miniature: one run at a time on every CPU core or GPU
+    python paper/experiments.py fig1 --scale=1.2B     as in the paper: torchrun on all GPUs
 
-A run is a command of train.py and one of eval_passkey.py; both are printed, and do the same when typed. What is done is not
-done again, what was stopped goes on: kill this, or let it run on several machines with different --seeds. Results are
-paper/results/SCALE/RUN-sSEED.json; from them, paper/results/SCALE/EXPERIMENT.md and .png are made for the seeds there are.
+A run is a command of train.py and one of eval_passkey.py. Both are printed and can be typed instead. What has a result
+is skipped. What was stopped resumes. The result of a run is paper/results/SCALE/RUN-sSEED.json. From these, the command
+makes paper/results/SCALE/EXPERIMENT.md and .png for all seeds that there are.
 """
 
 import argparse
-import asyncio
-import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,170 +29,210 @@ from data.prepare import builtin
 from eval_passkey import numbers
 from train import parse_flags
 
-RUNS = {  # what each changes about the preset; books-RUN is the same, trained on books and tested on C4
-    **{pos: f"--pos={pos}" for pos in ("fope", "rope", "alibi", "kerple", "fire", "nope")},
-    # Fig 6a. Double is meant at the same head count, or at the same head_dim: the paper does not give the shapes.
+# The paper gives no schedule for Figure 4's continuation at 2N. We take half of lr, and 5 % of the steps as warmup.
+CONTINUED = "--train_len=1024 --steps={steps_10} --warmup={steps_200} --lr={half_lr}"
+RUNS = {  # the flags of each run. {..} are values of the preset, see commands()
+    "fope": "--pos=fope",
+    "rope": "--pos=rope",
+    "alibi": "--pos=alibi",
+    "kerple": "--pos=kerple",
+    "fire": "--pos=fire",
+    "nope": "--pos=nope",
     "fope-no-fs": "--fourier_series=false",
     "fope-no-cf": "--clip_floor=false",
-    "fope-double-head-dim": "--n_embd={2*n_embd} --n_hidden={2*n_hidden}",
-    "fope-double-heads-layers": "--n_head={2*n_head} --n_embd={2*n_embd} --n_hidden={2*n_hidden} --n_layer={2*n_layer}",
-    **{f"fope-sigma{sigma}": f"--sigma={sigma}" for sigma in (0.1, 0.2, 0.4, 0.5)},
-    **{f"fope-d{d}": f"--n_freqs={d}" for d in (32, 64, 128)},
-    "rope-qknorm": "--pos=rope --qk_norm",  # and on: Table 2
+    "fope-double-head-dim": "--n_embd={twice_embd} --n_hidden={twice_hidden}",
+    "fope-double-heads-layers": "--n_head={twice_head} --n_layer={twice_layer} --n_embd={twice_embd} "
+    "--n_hidden={twice_hidden}",
+    "fope-sigma0.1": "--sigma=0.1",
+    "fope-sigma0.2": "--sigma=0.2",
+    "fope-sigma0.4": "--sigma=0.4",
+    "fope-sigma0.5": "--sigma=0.5",
+    "fope-d32": "--n_freqs=32",
+    "fope-d64": "--n_freqs=64",
+    "fope-d128": "--n_freqs=128",
+    "rope-qknorm": "--pos=rope --qk_norm",
     "rope-a": "--pos=rope --whole_cycles",
     "rope-a-qknorm": "--pos=rope --whole_cycles --qk_norm",
     "nope-qknorm": "--pos=nope --qk_norm",
-    "fope-release": "--zero_phase=false",  # what the release does, and
-    "fope-normal": "--coef_init=normal",  # what the text says
-    # Fig 4: a tenth of the tokens at 2N. The paper gives no schedule: here half of the learning rate, a twentieth of warm-up.
-    **{f"{start}-then-{name}": flags + " --train_len=1024 --steps={steps//10} --warmup={steps//200} --lr={lr/2}"
-       for start in ("rope", "fope")
-       for name, flags in (("yarn", f"--pos={start} --scaling=yarn"), ("fope", "--pos=fope"))},
-}  # fmt: skip
-
-EXPERIMENTS = {  # the runs in the order of the paper's legend
+    "fope-release": "--zero_phase=false",
+    "fope-normal": "--coef_init=normal",
+    "rope-then-yarn": f"--pos=rope --scaling=yarn {CONTINUED}",
+    "rope-then-fope": f"--pos=fope {CONTINUED}",
+    "fope-then-yarn": f"--pos=fope --scaling=yarn {CONTINUED}",
+    "fope-then-fope": f"--pos=fope {CONTINUED}",
+}
+EXPERIMENTS = {  # the runs of each experiment, in the order of the paper's legend
     "fig1": ["nope", "alibi", "kerple", "fire", "rope", "fope"],
     "fig4": ["rope-then-yarn", "rope-then-fope", "fope-then-yarn", "fope-then-fope"],
-    "fig5": ["fope", "rope", "alibi"],  # on books; so is Fig 6a, with the ratio of the two perplexities
+    "fig5": ["fope", "rope", "alibi"],
     "fig6a": ["fope", "fope-no-fs", "fope-no-cf", "rope", "fope-double-head-dim", "fope-double-heads-layers"],
     "fig6b": ["fope-no-fs", "fope-sigma0.1", "fope-sigma0.2", "fope", "fope-sigma0.4", "fope-sigma0.5"],
     "fig6c": ["fope", "fope-d32", "fope-d64", "fope-d128"],
     "table2": ["rope", "rope-qknorm", "rope-a", "rope-a-qknorm", "nope", "nope-qknorm"],
     "release": ["fope", "fope-release", "fope-normal"],
 }
-VARIED = {  # the figures that are drawn against what is varied
-    "fig6b": dict(xlabel="sigma", varied=dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))),
-    "fig6c": dict(xlabel="number of frequencies D", varied=dict(zip(EXPERIMENTS["fig6c"], (16, 32, 64, 128)))),
+VARIED = {  # figures that are drawn against a number
+    "fig6b": ("sigma", [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+    "fig6c": ("number of frequencies D", [16, 32, 64, 128]),
 }
+TITLES = {("fig1", "tiny5k"): "FoPE's perplexity stays far below RoPE's beyond N. KERPLE and ALiBi retrieve farther"}
 MINIATURES = {"tiny": "--model=tiny", "tiny5k": "--model=tiny --steps=5000"}
 SCALES = MINIATURES | {name: f"--model={name}" for name in ("60M", "180M", "1.2B")}
 LENGTHS = "512,1024,2048,4096,8192"
 
 
 def runs_of(experiment: str, scale: str) -> list[str]:
+    """At the paper's scale, Figures 5 and 6a train on books and test on C4: books-RUN is RUN on books."""
     books = experiment in ("fig5", "fig6a") and scale not in MINIATURES
     return [f"books-{run}" if books else run for run in EXPERIMENTS[experiment]]
 
 
-def commands(run: str, scale: str, seed: int, trials: int, gpus: int) -> list[tuple[str, str]]:
-    """(NAME, line): what makes out/SCALE/NAME/eval.json (eval-on-c4.json, where books are trained on), NAME = RUN-sSEED.
+def commands(run: str, scale: str, seed: int, trials: int) -> list[str]:
+    """The commands of a run: training and evaluation, before them the training of the run that it continues."""
+    cfg = parse_flags(SCALES[scale].split())
+    values = dict(twice_embd=2 * cfg.n_embd, twice_hidden=2 * cfg.n_hidden, twice_head=2 * cfg.n_head)
+    values |= dict(twice_layer=2 * cfg.n_layer, half_lr=cfg.lr / 2)
+    values |= dict(steps_10=cfg.steps // 10, steps_200=cfg.steps // 200)
+    gpus = max(torch.cuda.device_count(), 1)
+    python = "python" if scale in MINIATURES else f"torchrun --standalone --nproc_per_node={gpus}"
 
-    Before a continuation comes the line that trains what it continues, which ends at once where that is done."""
-    preset = vars(parse_flags(SCALES[scale].split()))
-    python = "python" if scale in MINIATURES else f"torchrun --standalone --nproc_per_node={max(gpus, 1)}"
-    books, start = run.startswith("books-"), run.split("-then-")[0]
+    def training(run: str, more: str = "") -> str:
+        out = f"out/{scale}/{run}-s{seed}"
+        flags = RUNS[run.removeprefix("books-")].format(**values) + more
+        resume = " --resume" if (ROOT / out).exists() else ""
+        return f"{python} train.py {SCALES[scale]} {flags} --seed={seed} --out={out} --eval_trials=0{resume}"
 
-    def training(run: str, more: str) -> tuple[str, str]:
-        flags = eval("f" + repr(RUNS[run.removeprefix("books-")]), {}, preset)  # RUNS is ours
-        line = f"{python} train.py {SCALES[scale]} {flags}{more} --seed={seed} --out=out/{scale}/{run}-s{seed} --eval_trials=0 --resume"
-        return f"{run}-s{seed}", line
+    evaluation = f"python eval_passkey.py out/{scale}/{run}-s{seed} --lengths={LENGTHS} --trials={trials}"
+    start = run.split("-then-")[0]
+    if start != run:
+        return [training(start), training(run, f" --init_from=out/{scale}/{start}-s{seed}"), evaluation]
+    if run.startswith("books-"):
+        return [training(run, " --data=data/gutenberg"), f"{evaluation} --data=data/c4"]
+    return [training(run), evaluation]
 
-    evaluation = f"python eval_passkey.py out/{scale}/{run}-s{seed} --lengths={LENGTHS} --trials={trials}{' --data=data/c4' * books}"
-    more = f" --init_from=out/{scale}/{start}-s{seed}" if start != run else " --data=data/gutenberg" * books
-    return [*[training(start, "")] * (start != run), training(run, more), (f"{run}-s{seed}", evaluation)]
+
+def start(line: str, log: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """Prints a command and starts it, with its output in `log`."""
+    print(*(f"{name}={value}" for name, value in environment.items()), line, flush=True)
+    program, *words = line.split()
+    words = [sys.executable, *["-m", "torch.distributed.run"] * (program == "torchrun"), *words]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        return subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file)
 
 
-async def carry_out(lines: list[tuple[str, str]], kept: Path, scale: str, own: str) -> bool:
-    """The lines of one run, with `own` in their environment and their output in out/SCALE/NAME.log. True if all went well."""
-    for name, line in lines:
-        out = ROOT / f"out/{scale}/{name}"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{out}.log", "a") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the command holds it too, should it outlive this one
-            except BlockingIOError:
-                print(f"{name} is being run already", file=sys.stderr, flush=True)
-                return False
-            print(f"{own} {line}".strip(), flush=True)
-            program = [sys.executable, *["-m", "torch.distributed.run"] * line.startswith("torchrun"), *line.split()[1:]]
-            process = await asyncio.create_subprocess_exec("env", *own.split(), *program, cwd=ROOT, stdout=log, stderr=log)
-            try:
-                status = await process.wait()
-            except asyncio.CancelledError:  # the driver was stopped: the command saves and ends
-                if process.returncode is None:
-                    process.terminate()
-                await process.wait()
-                raise
-        flags = line.partition("train.py ")[2]  # a training that a signal stopped has saved and ended well, but is not finished
-        if status or flags and json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] < parse_flags(flags.split()).steps:
-            print(f"{name} is not finished (status {status}): see {out}.log", file=sys.stderr, flush=True)
-            return False
-    made = (out / ("eval-on-c4.json" if "--data=" in line else "eval.json")).read_bytes()
+def keep_result(run: str, scale: str, seed: int, kept: Path) -> bool:
+    """Copies a run's result to `kept`. False if its training was stopped before the last step."""
+    made = ROOT / f"out/{scale}/{run}-s{seed}" / ("eval-on-c4.json" if run.startswith("books-") else "eval.json")
+    result = json.loads(made.read_text())
+    if result["step"] < result["config"]["steps"]:
+        return False
     kept.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(kept, lambda file: file.write(made))
+    replace_file(kept, lambda file: file.write(made.read_bytes()))
     print(f"done: {kept}", flush=True)
     return True
 
 
+def next_job(jobs: list, running: dict) -> tuple | None:
+    """Takes a job from the list. Runs that continue one start wait for each other: the first may have to train it."""
+    busy = {(run.split("-then-")[0], seed) for (run, seed, _), _, _ in running.values()}
+    job = next((job for job in jobs if (job[0].split("-then-")[0], job[1]) not in busy), None)
+    if job:
+        jobs.remove(job)
+    return job
+
+
+def carry_out(jobs: list[tuple[str, int, Path]], scale: str, trials: int, slots: list[dict[str, str]]) -> bool:
+    """Runs the jobs, one at a time on each slot, which is an environment. False if one of them failed."""
+    running, well = {}, True  # slot number: (job, its commands that are left, process)
+    try:
+        while jobs or running:
+            for slot, environment in enumerate(slots):
+                job, left, process = running.pop(slot, (None, [], None))
+                if process and process.poll() is None:
+                    running[slot] = job, left, process
+                    continue
+                if job is None:
+                    job = next_job(jobs, running)
+                    if job is None:
+                        continue
+                    left = commands(job[0], scale, job[1], trials)
+                run, seed, kept = job
+                log = ROOT / f"out/{scale}/{run}-s{seed}.log"
+                failed = process and process.returncode
+                if left and not failed:
+                    running[slot] = job, left[1:], start(left[0], log, environment)
+                elif failed or not keep_result(run, scale, seed, kept):
+                    print(f"{run}-s{seed} is not finished: see {log}", file=sys.stderr)
+                    well = False
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        for _, _, process in running.values():
+            process.terminate()  # train.py saves
+        for _, _, process in running.values():
+            process.wait()
+        fail("stopped: the same command resumes")
+    return well
+
+
 def report(experiment: str, scale: str) -> None:
-    """The experiment's table and figure, from every seed that there is."""
-    folder, found = ROOT / "paper/results" / scale, []
-    for run in runs_of(experiment, scale):
-        for file in sorted(folder.glob(f"{run}-s[0-9]*.json")):
-            found.append(plot.read_result(file))
+    """Writes the experiment's table and figure, from every seed that has a result."""
+    folder, runs = ROOT / "paper/results" / scale, runs_of(experiment, scale)
+    found = [plot.read_result(file) for run in runs for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
     if not found:
         return
-    losses = [r | {"perplexity": np.log(r["perplexity"]).tolist()} for r in found]  # as the paper's Table 2 has them
-    text = plot.table(losses).replace(": perplexity", ": loss") if experiment == "table2" else plot.table(found)
+    text = plot.table(found)
+    if experiment == "table2":  # the paper's Table 2 has losses
+        losses = [r | {"perplexity": np.log(r["perplexity"]).tolist()} for r in found]
+        text = plot.table(losses).replace(": perplexity", ": loss")
     (folder / f"{experiment}.md").write_text(text + "\n")
-    drawn = plot.figure(found, folder / f"{experiment}.png", **VARIED.get(experiment, {}))
-    print(f"\n{text}\n\nwritten: {folder}/{experiment}.md" + f", {folder}/{experiment}.png" * drawn)
+    options = {"title": TITLES.get((experiment, scale), "")}
+    if experiment in VARIED:
+        options["xlabel"], values = VARIED[experiment]
+        options["varied"] = dict(zip(runs, values))
+    plot.figure(found, folder / f"{experiment}.png", **options)
+    print(f"\n{text}\n\nwritten: {folder}/{experiment}.md and .png")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--scale", choices=SCALES, default="tiny", help="tiny5k: tiny with 5000 steps, where retrieval has settled")
-    parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--runs", help="comma-separated: only these of the experiment")
-    parser.add_argument("--trials", type=int, help="passkey trials a length: 100 in miniature, else the paper's 1000, unless told")
-    parser.add_argument("--dry_run", action="store_true", help="print all commands, also of what is done, and end")
+    parser.add_argument(
+        "--scale", choices=SCALES, default="tiny", help="tiny5k is tiny with 5000 steps (default: tiny)"
+    )
+    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    parser.add_argument("--runs", help="comma-separated: only these runs of the experiment")
+    parser.add_argument("--trials", type=int, help="passkey trials per length (default: 100 in miniature, else 1000)")
+    parser.add_argument("--dry_run", action="store_true", help="print all commands and end")
     args = parser.parse_args(argv)
-    seeds = numbers("--seeds", args.seeds, at_least=0)
     known, miniature = runs_of(args.experiment, args.scale), args.scale in MINIATURES
     runs = args.runs.split(",") if args.runs else known
     if not set(runs) <= set(known):
         fail(f"{args.experiment} has no run {min(set(runs) - set(known))}: it has {', '.join(known)}")
     if miniature and args.experiment == "fig5":
-        fail("fig5 is about two corpora, and the miniature has one: give --scale=60M, 180M or 1.2B, with data/gutenberg and data/c4")
-    if args.scale in ("180M", "1.2B") and args.experiment in ("fig6b", "fig6c"):
-        fail(f"{args.experiment} varies the 60M model's sigma 0.3 and 16 frequencies, as the paper does: give --scale=60M or tiny")
+        fail("fig5 needs two corpora, and the miniature has one: use --scale=60M, 180M or 1.2B")
+    if args.scale in ("180M", "1.2B") and args.experiment in VARIED:
+        fail(f"{args.experiment} varies the 60M model, as the paper does: use --scale=60M or tiny")
     trials = (100 if miniature else 1000) if args.trials is None else args.trials
     if trials < 1:
         fail("--trials must be at least 1")
 
-    gpus, chains = torch.cuda.device_count(), {}
-    for seed, run in dict.fromkeys((seed, run) for seed in seeds for run in runs):
-        kept = ROOT / f"paper/results/{args.scale}/{run}-s{seed}.json"
-        if args.dry_run or not kept.exists():
-            # What continues one start is a chain: one after another, since the first of them may have to train the start.
-            chains.setdefault((run.split("-then-")[0], seed), []).append((commands(run, args.scale, seed, trials, gpus), kept))
+    folder = ROOT / "paper/results" / args.scale
+    jobs = [(run, seed, folder / f"{run}-s{seed}.json") for seed in numbers("--seeds", args.seeds, 0) for run in runs]
     if args.dry_run:
-        print("\n".join(dict.fromkeys(line for chain in chains.values() for lines, _ in chain for _, line in lines)))
+        lines = [line for run, seed, _ in jobs for line in commands(run, args.scale, seed, trials)]
+        print("\n".join(dict.fromkeys(lines)))
         return
-    if chains and miniature and not (ROOT / "data/builtin").exists():  # once, not in every run at the same time
+    jobs = [job for job in jobs if not job[2].exists()]
+    if jobs and miniature and not (ROOT / "data/builtin").exists():
         builtin(ROOT / "data/builtin")
-    slots = [""]  # all GPUs together, or Apple's one
+    slots = [{}]  # all GPUs together, or Apple's one
     if miniature and not torch.backends.mps.is_available():
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).replace(" ", "").split(",")[:gpus]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        slots = [f"CUDA_VISIBLE_DEVICES={card}" for card in cards] or ["OMP_NUM_THREADS=1"] * cores
-    left = iter(chains.values())  # every slot takes the next one as soon as it is free
-
-    async def work(own: str) -> list[bool]:
-        return [await carry_out(*job, args.scale, own) for chain in left for job in chain]
-
-    async def spread() -> bool:
-        """Whether all went well. Not by gather(): stopped, that would wait for one of the slots only."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
-        done, _ = await asyncio.wait([asyncio.create_task(work(own)) for own in slots])
-        return all(all(task.result()) for task in done)
-
-    try:
-        well = asyncio.run(spread())
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        fail("stopped: the same command goes on")
+        cards = [{"CUDA_VISIBLE_DEVICES": str(card)} for card in range(torch.cuda.device_count())]
+        slots = cards or [{"OMP_NUM_THREADS": "1"}] * os.cpu_count()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    well = carry_out(jobs, args.scale, trials, slots)
     report(args.experiment, args.scale)
     sys.exit(not well)
 

@@ -3,7 +3,8 @@
     python paper/figures.py                                      draw all of them into paper/figures
     python paper/figures.py out/tiny-rope-s0 out/tiny-fope-s0    measure |q| and |k| in these two models first
 
-Each function draws one figure and returns it. N is the training length in tokens, sigma the size of FoPE's coefficients.
+Each function draws one figure and returns it. N is the training length in tokens. sigma is the size of FoPE's
+coefficients.
 """
 
 import json
@@ -175,7 +176,7 @@ def blind_coefficients(N: int = 512, sigma: float = 0.3, draws: int = 200) -> Fi
 def departure(position: FoPE, T: int) -> float:
     """How far the logit is from a function of distance: 0 for RoPE, 1 for no dependence on distance at all.
 
-    Let z_n = cos + i sin of a pair's factor at position n. The query at s and the key at t contribute z_s conj(z_t). For
+    Let z_n = cos + i sin of a pair's factor at position n. Query s and key t contribute z_s conj(z_t). For
     q and k of independent standard normals, the mean square of the logit is the sum of its |.|^2 over the pairs. The
     result is exact: the root of the variance along the diagonals s - t = n over the mean square, for all heads.
     """
@@ -285,12 +286,8 @@ def main(folders: list[str]) -> None:
         print(f"written: {FOLDER / draw.__name__}.png")
     print("\ndeparture of the logit from a function of distance, N = 512, five draws: mean (range)")
     print("| model | σ | xavier (release) | normal (text) |\n|---|---|---|---|")
-    for name, n_head, head_dim, sigma in (
-        ("tiny", 2, 64, 0.3),
-        ("60M", 8, 64, 0.3),
-        ("180M", 8, 128, 0.4),
-        ("1.2B", 16, 128, 0.6),
-    ):
+    models = (("tiny", 2, 64, 0.3), ("60M", 8, 64, 0.3), ("180M", 8, 128, 0.4), ("1.2B", 16, 128, 0.6))
+    for name, n_head, head_dim, sigma in models:
         cells = []
         for coef_init in ("xavier", "normal"):
             shape = dict(n_head=n_head, head_dim=head_dim, train_len=512, sigma=sigma, coef_init=coef_init)

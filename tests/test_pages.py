@@ -1,0 +1,64 @@
+"""The pages: every command is valid, every link leads somewhere, every number of Figure 1 is a result."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_passkey
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"README.md": 1800, "paper/README.md": 3000, "data/README.md": 1200}  # and their words at most
+
+
+def blocks(page, language=""):
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    lines = [line.split("  #")[0] for page in PAGES for block in blocks(page) for line in block.splitlines()]
+    return sorted({part for line in lines for part in line.split(" && ") if re.match(r"python|torchrun|pip", part)})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_pages_are_valid(command):
+    words = shlex.split(command)
+    if words[0] == "pip":
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".txt"))
+    elif "train.py" in words:
+        train.parse_flags(words[words.index("train.py") + 1 :])
+    elif words[1] == "eval_passkey.py":
+        eval_passkey.parse(words[2:])
+    elif words[1] == "-m":
+        assert words[2] == "pytest"
+    else:
+        assert (ROOT / words[1]).is_file()
+        known = subprocess.run([sys.executable, ROOT / words[1], "--help"], capture_output=True, text=True).stdout
+        assert all(word.split("=")[0] in known for word in words[2:] if word.startswith("--"))
+
+
+def test_fope_can_be_pasted_as_the_front_page_shows():
+    (block,) = blocks("README.md", "python")
+    q, k = torch.randn(1, 32, 5, 128), torch.randn(1, 8, 5, 128)
+    names = dict(q=q, k=k, layer=0, offset=7)
+    exec(block, names)
+    assert names["q"].shape == q.shape and not torch.equal(names["q"], q)
+
+
+@pytest.mark.parametrize("page, words", PAGES.items())
+def test_pages_are_short_and_their_links_lead_somewhere(page, words):
+    text = (ROOT / page).read_text()
+    assert len(text.split()) <= words
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_figure_1s_table_is_the_committed_one():
+    rows = (ROOT / "paper/results/tiny5k/fig1.md").read_text().splitlines()
+    assert len(rows) == 14 and set(rows) <= set((ROOT / "paper/README.md").read_text().splitlines())

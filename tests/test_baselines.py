@@ -47,6 +47,12 @@ def test_fope_clips_scaled_frequencies_at_the_floor_of_the_new_length():
     assert 0 < len(position.omega) < 18  # 18 without YaRN
 
 
+def test_a_pair_that_completes_exactly_one_cycle_is_kept():
+    omega = whole_cycles(rope_frequencies(64), 512)  # four pairs lie on the floor exactly
+    kept = FoPE(n_head=1, head_dim=64, train_len=512, seed=0, omega=omega).omega
+    assert len(kept) == 18 and (kept[-4:] == 2 * math.pi / 512).all()
+
+
 @pytest.mark.parametrize(
     "call, words",
     [

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import eval_passkey
 import plot
+from baselines import yarn
 from data import prepare
 from data.passkey import passkey_document
 from data.tokenizer import get_tokenizer
@@ -229,6 +230,27 @@ def test_linear_scaling_is_position_interpolation(run, data, monkeypatch):
     torch.testing.assert_close(scaled[:, ::4], before[:, :64])
 
 
+def test_scaling_starts_from_the_training_length_of_the_model():
+    model = make_model(pos="rope", train_len=64)  # its original_len is 512
+    want = yarn(model.blocks[0].attention.position.omega, 4.0, 64, head_dim=model.cfg.head_dim, theta=1e4)
+    eval_passkey.scale_frequencies(model, "yarn", 4.0)
+    torch.testing.assert_close(model.blocks[0].attention.position.omega, want)
+
+
+def test_every_answer_token_counts_even_the_first():
+    model = make_model(pos="nope", train_len=64)
+    tokens = torch.randint(97, 123, (1, 30), generator=torch.Generator().manual_seed(0))
+    documents = np.repeat(model.generate(tokens, 1).numpy(), 2, axis=0)  # answers of one token
+    documents[1, -1] = (documents[1, -1] + 1) % 257
+    right = eval_passkey.passkey_right(model, documents, np.array([1, 1]), 10**6, FLOAT32)
+    assert right.tolist() == [True, False]
+
+
+def test_every_length_has_its_own_keys_and_depths():
+    depths = [eval_passkey.passkey_trials(BYTES, length, 5, seed=0)[2].tolist() for length in (300, 400)]
+    assert depths[0] != depths[1]
+
+
 def test_other_data_is_compared_with_the_checkpoints_own(run, data, tmp_path):
     """As the paper trains on books and tests on C4. The oracle averages the losses of single chunks."""
     other = np.frombuffer(b"Another text than that of before, over and over. " * 100, dtype=np.uint8).astype(np.uint16)
@@ -275,10 +297,10 @@ def test_a_smaller_evaluation_does_not_replace_a_larger_one(run, capsys, flag, n
 
 
 def test_results_are_printed_even_if_they_cannot_be_written(run, capsys, monkeypatch):
-    def full(path, text):
+    def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(eval_passkey, "replace", full)
+    monkeypatch.setattr(eval_passkey, "replace_file", full)
     with pytest.raises(SystemExit) as end:
         evaluate(run, *LARGE)
     captured = capsys.readouterr()

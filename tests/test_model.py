@@ -369,6 +369,13 @@ def test_devices_refused_in_one_line(device, dtype):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_computes_in_the_dtype_named(dtype):
+    device, name, autocast = find_device("cpu", str(dtype).removeprefix("torch."))
+    with autocast():
+        assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype == dtype
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's habit")
 def test_memory_of_large_tensors_is_kept():
     """A 256 MB tensor like one before costs no page faults; without find_device it costs 65 537 every time."""

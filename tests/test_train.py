@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stops import KILL, on_call
 
 import train
 from data import prepare
 from data.tokenizer import get_tokenizer
 from model import GPT
-from stops import KILL, on_call
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -227,7 +227,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--lengths", help="comma-separated (default: the first checkpoint's training length times 1, 2, 4, 8, 16)")
     add("--trials", type=int, default=100, help="passkey trials per length (default: 100; the paper: 1000)")
     add("--behind_text", action="store_true", help="prompts of the training length behind validation text")
-    add("--scaling", default="none", choices=("none", "linear", "yarn", "llama3"), help="scale the frequencies of RoPE or FoPE")
+    scalings = ("none", "linear", "yarn", "llama3")
+    add("--scaling", default="none", choices=scalings, help="scale the frequencies of RoPE or FoPE (default: none)")
     add("--scale", type=float, default=16.0, help="factor of --scaling (default: 16)")
     add("--data", help="folder with val.bin (default: each checkpoint's own)")
     add(

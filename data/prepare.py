@@ -89,30 +89,31 @@ def hub_sources(corpus: str, work: Path) -> tuple[str, list[Source]]:
 
     utils.logging.set_verbosity_error()  # not a line on stderr for each time that it tries again
     kept, repository = work / "hub.json", HUB[corpus]
+    if not kept.exists():
+        if corpus == "c4":
+            sources = [(f"en/c4-validation.{i:05d}-of-00008.json.gz", "val") for i in range(8)]
+            sources += [(f"en/c4-train.{i:05d}-of-01024.json.gz", "train") for i in range(1024)]
+        else:
+            names = HfApi().list_repo_files(repository, repo_type="dataset")
+            sources = [(name, None) for name in sorted(names) if name.endswith(".parquet")]
+        commit = get_hf_file_metadata(hf_hub_url(repository, sources[0][0], repo_type="dataset")).commit_hash
+        replace_file(kept, lambda f: f.write(json.dumps([commit, sources]).encode()))
+    commit, sources = json.loads(kept.read_text())
+    return commit, [Source(Path(name).name, name, split) for name, split in sources]
+
+
+def from_hub(function, corpus: str, *args):
+    """Call a function that uses the hub. Its client and its HTTP library have exceptions of many kinds: one line."""
     try:
-        if not kept.exists():
-            if corpus == "c4":
-                names = [f"en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)]
-                names += [f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)]
-            else:
-                names = HfApi().list_repo_files(repository, repo_type="dataset")
-                names = sorted(name for name in names if name.endswith(".parquet"))
-            commit = get_hf_file_metadata(hf_hub_url(repository, names[0], repo_type="dataset")).commit_hash
-            replace_file(kept, lambda f: f.write(json.dumps([commit, names]).encode()))
-    except Exception as error:  # the client's, its HTTP library's, or of what came
-        fail(f"the list of {repository}'s files could not be read ({type(error).__name__}: {error}): the same command tries again")
-    commit, names = json.loads(kept.read_text())
-    splits = {"c4": lambda name: "val" if "validation" in name else "train", "gutenberg": lambda name: None}
-    return commit, [Source(Path(name).name, name, splits[corpus](name)) for name in names]
+        return function(corpus, *args)
+    except Exception as error:
+        fail(f"{HUB[corpus]} could not be read from the hub ({error!r}): run the same command again")
 
 
 def download(corpus: str, name: str, commit: str, work: Path) -> str:
     from huggingface_hub import hf_hub_download
 
-    try:
-        return hf_hub_download(HUB[corpus], name, repo_type="dataset", revision=commit, local_dir=work / "download")
-    except Exception as error:
-        fail(f"{name} could not be downloaded ({type(error).__name__}: {error}): the same command tries again")
+    return hf_hub_download(HUB[corpus], name, repo_type="dataset", revision=commit, local_dir=work / "download")
 
 
 def token_type(tokenizer) -> np.dtype:
@@ -185,7 +186,7 @@ def write_parts(work: Path, corpus: str, commit: str | None, sources: list, toke
                 bar.update(counts["train"]["tokens"])
             else:  # it is not there, or its file has changed, or how much is left to do
                 shutil.rmtree(part, ignore_errors=True)
-                path = download(corpus, source.path, commit, work) if commit else source.path
+                path = from_hub(download, corpus, source.path, commit, work) if commit else source.path
                 try:
                     counts = write_part(temporary, source, path, tokenizer, column, left, bar)
                 finally:  # if it was damaged, the next run downloads it again
@@ -234,7 +235,7 @@ def large(out: Path, corpus: str, args) -> dict:
     limit = int(args.tokens or TOKENS.get(corpus, 0)) or None
     with workspace(out, [corpus, sources, limit, tokenizer.name, args.text_column]) as work:
         if corpus in HUB:
-            commit, sources = hub_sources(corpus, work)
+            commit, sources = from_hub(hub_sources, corpus, work)
         parts = write_parts(work, corpus, commit, sources, tokenizer, args.text_column, limit)
         counts = join(work, parts, token_type(tokenizer))
         if not counts["train"]["tokens"]:
@@ -252,13 +253,16 @@ def large(out: Path, corpus: str, args) -> dict:
 def workspace(out: Path, arguments: list):
     """The folder OUT.partial, locked, in which `out` is made. One that other arguments began is refused."""
     work = out.with_name(out.name + ".partial")
-    work.mkdir(parents=True, exist_ok=True)
-    with lock(work / "lock"):
-        kept, text = work / "arguments.json", json.dumps(arguments)
-        if kept.exists() and kept.read_text() != text:
-            fail(f"{work} was begun with other arguments or files: repeat those, or remove it")
-        replace_file(kept, lambda f: f.write(text.encode()))
-        yield work
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with lock(work / "lock"):
+            kept, text = work / "arguments.json", json.dumps(arguments)
+            if kept.exists() and kept.read_text() != text:
+                fail(f"{work} was begun with other arguments or files: repeat those, or remove it")
+            replace_file(kept, lambda f: f.write(text.encode()))
+            yield work
+    except OSError as error:
+        fail(f"{out} could not be made ({error}): the same command resumes")
 
 
 def finish(work: Path, out: Path, tokenizer, facts: dict, counts: dict) -> dict:
@@ -361,8 +365,6 @@ def main(argv: list[str]) -> None:
     args.tokenizer, args.text_column = args.tokenizer or "gpt2", args.text_column or "text"
     try:
         meta = builtin(out) if name == "builtin" else large(out, name, args)
-    except OSError as error:
-        fail(f"{out} could not be made ({error}): the same command resumes")
     except KeyboardInterrupt:
         print("\nstopped: the same command resumes")
         raise SystemExit(130) from None

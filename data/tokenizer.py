@@ -74,13 +74,13 @@ class JsonTokenizer:
         except ImportError:
             fail(f"{path} needs the package tokenizers: pip install tokenizers")
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
             content = path.read_bytes()
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            eot = eot or end_token(path.parent, self.tokenizer)
         except Exception as error:  # tokenizers raises Exception itself
-            fail(f"{path} is not a tokenizer.json: {error}")
+            fail(f"{path} is not a tokenizer.json, or the config beside it is damaged: {error}")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        eot = eot or end_token(path.parent, self.tokenizer)
         self.eot = self.tokenizer.token_to_id(eot or "")
         if self.eot is None:
             fail(f"{path} needs a token that ends a document, and {eot!r} is none of its tokens: name one with --eot")
@@ -105,18 +105,15 @@ class JsonTokenizer:
 
 
 def end_token(folder: Path, tokenizer) -> str | None:
-    """The end-of-document token that the config files beside a tokenizer.json name."""
+    """The end-of-document token that a config beside a tokenizer.json names: as a string, an object, or by its id."""
     for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
-        try:
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError):
-            continue
-        if isinstance(token, list):
-            token = token[0]
-        if isinstance(token, dict):
-            token = token["content"]
-        if token is not None:
-            return tokenizer.id_to_token(token) if isinstance(token, int) else token
+        config = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
+        token = config.get(key)
+        token = token[0] if isinstance(token, list) else token
+        if isinstance(token, int):
+            return tokenizer.id_to_token(token)
+        if token:
+            return token["content"] if isinstance(token, dict) else token
     return None
 
 

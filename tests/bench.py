@@ -5,17 +5,15 @@
     python tests/bench.py length                a forward pass at 512 .. 16 384 tokens: time and memory
     python tests/bench.py transformers          our RoPE model against Llama's with the same weights, and against GPT-2's
     python tests/bench.py passkey               a trial by one forward pass, against greedy generation
-    python tests/bench.py data                  data/prepare.py against the bare tokenizer, and its memory
+    python tests/bench.py data                  data/prepare.py [MB] against the bare tokenizer, and its memory
     python tests/bench.py gpu [60M 180M 1.2B]   tokens/s and share of the card's peak; hours for 10B tokens on 4 cards
 """
 
 import base64
 import contextlib
 import ctypes
-import functools
 import gc
 import gzip
-import http.server
 import json
 import math
 import os
@@ -24,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -39,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import prepare
+from data.files import fail
+from data.tokenizer import GPT2_PATTERN, get_tokenizer
 from eval_passkey import passkey_right, passkey_trials
 from model import GPT, PRESETS, GPTConfig, find_device
 from train import PEAK, batch_sequences, take
@@ -208,7 +207,7 @@ def passkey() -> None:
     """The rope model with random weights: what it answers changes nothing about the time."""
     model = GPT(GPTConfig(pos="rope", vocab_size=320, **PRESETS["tiny"])).to(DEVICE).eval()
     for T, trials in ((512, 64), (8192, 4)):
-        documents, answers, _ = passkey_trials(prepare.get_tokenizer("bytes"), T, trials, 0)
+        documents, answers, _ = passkey_trials(get_tokenizer("bytes"), T, trials, 0)
         prompts, n = torch.from_numpy(documents[:, : -answers.max()].astype(np.int64)).to(DEVICE), int(answers.max())
 
         def ours() -> None:
@@ -234,7 +233,7 @@ def passkey() -> None:
 def gpu(*presets: str) -> None:
     """A micro batch as large as 48 GB hold, as on the paper's cards; 6 FLOPs a parameter (one embedding) and token."""
     if not set(presets) <= PRESETS.keys():
-        prepare.fail(f"gpu takes some of {', '.join(PRESETS)}")
+        fail(f"gpu takes some of {', '.join(PRESETS)}")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
     print(f"{name}, {DTYPE}, torch {torch.__version__}\n")
     if DEVICE.type == "cuda":
@@ -279,7 +278,7 @@ def gpu(*presets: str) -> None:
 
 def write_ranks(path: Path, texts: list[str], n: int = 50_256) -> None:
     """A vocabulary as large as GPT-2's: the bytes, and the commonest words of the texts with all their beginnings."""
-    words = Counter(word for text in texts for word in regex.findall(prepare.GPT2_PATTERN, text))
+    words = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text))
     beginnings = Counter()
     for word, count in words.items():
         for end in range(2, len(word.encode()) + 1):
@@ -288,72 +287,59 @@ def write_ranks(path: Path, texts: list[str], n: int = 50_256) -> None:
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
 
 
-def memory(pid: int) -> int:
-    """Resident bytes of a process and its children; what they share is counted in each."""
-    with contextlib.suppress(OSError):  # it may end while we look
-        resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return resident + sum(memory(int(child)) for child in children)
-    return 0
+# prepare.py in a process of its own: seconds, and the peak of its memory above that of the imports, in MB.
+PREPARE = """
+import sys, time
+from data import prepare
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+before, start = peak(), time.perf_counter()
+prepare.main(sys.argv[1:])
+print(time.perf_counter() - start, peak() - before)
+"""
 
 
-def data(shards: int = 8, megabytes: int = 40, rounds: int = 3) -> None:
-    """A C4 of the standard library's text, on 127.0.0.1: tokens/s of data/prepare.py against encode_ordinary_batch."""
+def data(megabytes: int | str = 60, rounds: int | str = 3) -> None:
+    """data/prepare.py on files, against encode_ordinary_batch on the same documents in memory, at two sizes."""
+    import pyarrow
+    import pyarrow.parquet
+
     cores = os.cpu_count()
     texts = [text for _, text in prepare.standard_library()[1] if text]
-    size = sum(len(text) for text in texts)
-    texts *= -(-megabytes * 2**20 // size)
+    texts *= -(-int(megabytes) * 10**6 // sum(map(len, texts)))
+    print(f"{cores} cores\n\n| file | MB of text | M tokens/s | bare | ratio, median (range), goal 0.80 | peak MB, goal 600 |")
+    print("|---" * 6 + "|")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        hub = root / "datasets/allenai/c4/resolve/main/en"
-        hub.mkdir(parents=True)
         write_ranks(root / "ranks.tiktoken", texts[: len(texts) // 4])
-        tokenizer = prepare.ranks_tokenizer(root / "ranks.tiktoken")
-        with gzip.open(hub / "c4-train.00000-of-01024.json.gz", "wb", compresslevel=6) as file:
-            file.writelines(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-        for i in range(1, shards):
-            os.link(hub / "c4-train.00000-of-01024.json.gz", hub / f"c4-train.{i:05d}-of-01024.json.gz")
-        for i in range(8):
-            with gzip.open(hub / f"c4-validation.{i:05d}-of-00008.json.gz", "wb") as file:
-                file.write(json.dumps({"text": "A short text."}).encode() + b"\n")
-        n_tokens = shards * sum(len(tokens) + 1 for tokens in tokenizer.encode_ordinary_batch(texts, num_threads=cores))
-        print(f"{shards} shards, {shards * sum(map(len, texts)) / 1e6:.0f} MB of text, {n_tokens / 1e6:.0f} M tokens, {cores} cores")
-
-        class Quiet(http.server.SimpleHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-
-        def pipeline(workers: int) -> tuple[float, int]:
-            """Seconds, from the start of Python to the folder's rename, and the most memory seen."""
-            command = [sys.executable, ROOT / "data/prepare.py", "c4", f"--tokens={n_tokens}", f"--out={root / 'out'}"]
-            command += [f"--tokenizer={root / 'ranks.tiktoken'}", f"--base_url=http://127.0.0.1:{server.server_port}", f"--workers={workers}"]
-            start, most = time.perf_counter(), 0
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            while process.poll() is None:
-                most = max(most, memory(process.pid))
-                time.sleep(0.2)
-            assert process.returncode == 0
-            shutil.rmtree(root / "out")
-            return time.perf_counter() - start, most
-
-        def bare() -> float:
-            start = time.perf_counter()
-            for _ in range(shards):
-                for i in range(0, len(texts), 256):
-                    tokenizer.encode_ordinary_batch(texts[i : i + 256], num_threads=cores)
-            return time.perf_counter() - start
-
-        ratios = []
-        for _ in range(rounds):
-            ours, most = pipeline(cores)
-            theirs = bare()
-            ratios.append(theirs / ours)
-            print(f"data/prepare.py {n_tokens / ours:,.0f} tokens/s, encode_ordinary_batch {n_tokens / theirs:,.0f}, ratio {ratios[-1]:.2f}", flush=True)
-        print(f"data/prepare.py / bare tokenizer: {statistics.median(ratios):.2f} (median of {rounds}; goal 0.85)")
-        print(f"memory at most: {most / 1e6:,.0f} MB with {cores} workers, {pipeline(16)[1] / 1e6:,.0f} MB with 16 (goal 2000)")
+        bare = get_tokenizer(str(root / "ranks.tiktoken")).encoding
+        for copies in (1, 4):
+            with gzip.open(root / "text.jsonl.gz", "wb", compresslevel=6) as file:
+                for _ in range(copies):
+                    file.writelines(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts * copies}), root / "text.parquet")
+            for file in ("text.jsonl.gz", "text.parquet"):
+                ours, theirs = [], []
+                for _ in range(int(rounds)):
+                    command = [sys.executable, "-c", PREPARE, root / file, f"--out={root / 'out'}"]
+                    command += [f"--tokenizer={root / 'ranks.tiktoken'}"]
+                    printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+                    seconds, peak = map(float, printed.splitlines()[-1].split())
+                    shutil.rmtree(root / "out")
+                    start, n_tokens = time.perf_counter(), 0
+                    for _ in range(copies):
+                        for i in range(0, len(texts), 256):
+                            batch = bare.encode_ordinary_batch(texts[i : i + 256], num_threads=cores)
+                            n_tokens += sum(map(len, batch))
+                    ours.append(seconds)
+                    theirs.append(time.perf_counter() - start)
+                ratios = sorted(b / a for a, b in zip(ours, theirs))
+                speeds = [f"{n_tokens / statistics.median(some) / 1e6:.2f}" for some in (ours, theirs)]
+                size = copies * sum(map(len, texts)) / 1e6
+                ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+                print(f"| {file} | {size:.0f} | {speeds[0]} | {speeds[1]} | {ratio} | {peak:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -367,4 +353,4 @@ if __name__ == "__main__":
     elif name in ("data", "gpu"):
         {"data": data, "gpu": gpu}[name](*arguments)
     else:
-        prepare.fail(f"name one of {', '.join(tables)}, data, gpu")
+        fail(f"name one of {', '.join(tables)}, data, gpu")

@@ -278,9 +278,13 @@ def build_or_resume(cfg: TrainConfig, meta: dict, machine: Machine) -> tuple[GPT
     out = Path(cfg.out)
     if out.exists() and not cfg.resume:
         fail(f"{out} exists: --resume continues it, --out=NAME starts another run")
+    if cfg.resume and not out.exists():
+        fail(f"there is no {out} to resume: check --out")
     try:
         model = GPT(cfg)
         checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+        if cfg.resume and not checkpoint:
+            machine.say(f"{out} has no checkpoint yet: starting at step 0")
         if cfg.init_from and not checkpoint:
             machine.say(initial_weights(model, cfg.init_from))
     except ValueError as error:
@@ -332,6 +336,11 @@ class Log:
         self.file = self.wandb = None
         if not machine.main:
             return
+        if cfg.wandb:
+            try:
+                import wandb
+            except ImportError:
+                fail("--wandb needs the package wandb: pip install wandb")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = lock(self.path)
@@ -340,10 +349,6 @@ class Log:
         except OSError as error:
             fail(f"{cfg.out} cannot be written: {error}")
         if cfg.wandb:
-            try:
-                import wandb
-            except ImportError:
-                fail("--wandb needs the package wandb: pip install wandb")
             self.wandb = wandb.init(project="fope", name=Path(cfg.out).name, config=asdict(cfg))
 
     def write(self, step: int, **values) -> None:
@@ -474,6 +479,8 @@ def train(cfg: TrainConfig) -> bool:
         dist.destroy_process_group()
     if done < cfg.steps:
         machine.say(f"stopped and saved at step {done}: --resume continues")
+    if log.wandb:
+        log.wandb.finish()
     if log.error:
         fail(log.error)
     return done == cfg.steps and not stop_signals

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -453,7 +454,7 @@ def train(cfg: TrainConfig) -> bool:
                 log.write(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
             text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
             if speed:
-                left = time.strftime("%H:%M:%S", time.gmtime((cfg.steps - done) * cfg.batch_tokens / speed))
+                left = timedelta(seconds=round((cfg.steps - done) * cfg.batch_tokens / speed))
                 text += f"  {speed:,} tokens/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  {left} left"
             machine.say(text)
             logged_at, logged_step = time.perf_counter(), done

@@ -63,10 +63,10 @@ def frequencies(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Fi
     shown = [m for m in (last - 3, last, last + 2, last + 7) if 0 <= m < len(omega)]
     n = np.arange(2 * N + 1)
     for row, m in enumerate(shown):
-        wave, new = np.cos(omega[m] * n) - 2.6 * row, (n > N) & (omega[m] * n < 2 * np.pi)
-        bottom.plot(n, wave, color="black", linewidth=1.5)
-        bottom.plot(n, np.where(new, wave, np.nan), color=FOPE, linewidth=4)
-        bottom.annotate(f"pair {m}", (2 * N * 1.02, wave[-1]), annotation_clip=False, va="center")
+        curve, new = np.cos(omega[m] * n) - 2.6 * row, (n > N) & (omega[m] * n < 2 * np.pi)
+        bottom.plot(n, curve, color="black", linewidth=1.5)
+        bottom.plot(n, np.where(new, curve, np.nan), color=FOPE, linewidth=4)
+        bottom.annotate(f"pair {m}", (2 * N * 1.02, curve[-1]), annotation_clip=False, va="center")
     bottom.axvline(N, color=GREY, linestyle=":")
     bottom.set(yticks=[], xlabel=f"distance n (tokens); dotted: N = {N}", ylabel="cos ωn", xlim=(0, 2 * N))
     bottom.set_title("thick: angles that training never shows", fontsize=12)

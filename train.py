@@ -67,16 +67,17 @@ class TrainConfig(GPTConfig):
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.1  # of AdamW, on every parameter, as in the paper
     clip: float = 1.0  # maximum gradient norm
-    # machine
+    # logging
     log_every: int = 10  # steps between log lines
     eval_every: int = 500  # steps between validations
     save_every: int = 500  # steps between checkpoints
     eval_tokens: int = 65_536  # validation tokens for the validation loss
     eval_trials: int = 100  # passkey trials per length in the evaluation after training; 0: no evaluation
+    wandb: bool = False  # log to Weights & Biases too
+    # machine
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: str = "auto"  # auto (bfloat16 autocast where the hardware has it), bfloat16 or float32
     compile: str = "auto"  # torch.compile: auto (where it works), on or off
-    wandb: bool = False  # log to Weights & Biases too
 
 
 # A resumed run may change these. Everything else changes what is computed.
@@ -211,7 +212,7 @@ def load_data(cfg: TrainConfig, machine: Machine) -> tuple[np.ndarray, np.ndarra
     return tokens, val_tokens, meta
 
 
-def micro_batch(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
+def split_batch(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
     """Sequences per step on this process, and how many of them make a micro-batch."""
     share, remainder = divmod(cfg.batch_tokens, cfg.train_len * machine.world)
     if remainder or not share:
@@ -243,7 +244,7 @@ def take(tokens: np.ndarray, sequences: np.ndarray, T: int, device) -> tuple[tor
 
 def micro_batches(tokens: np.ndarray, step: int, cfg: TrainConfig, machine: Machine) -> list:
     """This process's part of global batch `step`: a list of (inputs, targets)."""
-    share, micro = micro_batch(cfg, machine)
+    share, micro = split_batch(cfg, machine)
     n_sequences = (len(tokens) - 1) // cfg.train_len
     mine = batch_sequences(cfg.seed, step, share * machine.world, n_sequences)[machine.rank * share :][:share]
     return [take(tokens, mine[i : i + micro], cfg.train_len, machine.device) for i in range(0, share, micro)]
@@ -367,7 +368,7 @@ class Log:
 def validate(model: GPT, val_tokens: np.ndarray, cfg: TrainConfig, machine: Machine) -> float:
     """Mean loss in nats over the first eval_tokens of the validation text, in sequences of N."""
     mine = np.arange(min(cfg.eval_tokens, len(val_tokens) - 1) // cfg.train_len)[machine.rank :: machine.world]
-    _, micro = micro_batch(cfg, machine)
+    _, micro = split_batch(cfg, machine)
     total = 0.0
     for i in range(0, len(mine), micro):
         x, y = take(val_tokens, mine[i : i + micro], cfg.train_len, machine.device)
@@ -381,8 +382,8 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     """Linear warmup to lr, then a cosine that would reach lr / 10 one step after the last."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    done = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
-    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    progress = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
+    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,7 +406,7 @@ def train(cfg: TrainConfig) -> bool:
     # Everything that can be wrong with the input is found before anything is written.
     machine = Machine(cfg)
     tokens, val_tokens, meta = load_data(cfg, machine)
-    share, micro = micro_batch(cfg, machine)
+    share, micro = split_batch(cfg, machine)
     raw, optimizer, start = build_or_resume(cfg, meta, machine)
     log = Log(cfg, start, machine)
     model = torch.compile(raw) if machine.compile else raw

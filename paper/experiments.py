@@ -103,9 +103,9 @@ def commands(run: str, scale: str, seed: int, trials: int) -> list[str]:
         return f"{python} train.py {SCALES[scale]} {flags} --seed={seed} --out={out} --eval_trials=0{resume}"
 
     evaluation = f"python eval_passkey.py out/{scale}/{run}-s{seed} --lengths={LENGTHS} --trials={trials}"
-    start = run.split("-then-")[0]
-    if start != run:
-        return [training(start), training(run, f" --init_from=out/{scale}/{start}-s{seed}"), evaluation]
+    parent = run.split("-then-")[0]
+    if parent != run:
+        return [training(parent), training(run, f" --init_from=out/{scale}/{parent}-s{seed}"), evaluation]
     if run.startswith("books-"):
         return [training(run, " --data=data/gutenberg"), f"{evaluation} --data=data/c4"]
     return [training(run), evaluation]

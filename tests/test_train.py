@@ -112,7 +112,7 @@ def test_help_gives_every_flag_its_meaning_type_and_default(capsys):
     with pytest.raises(SystemExit):
         train.parse_flags(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert all(f"{group}:" in text for group in ("model", "position", "training", "machine"))
+    assert all(f"{group}:" in text for group in ("model", "position", "training", "logging", "machine"))
     for f in dataclasses.fields(train.TrainConfig):
         assert re.search(rf"--{f.name} [^-]\S.*?\({f.type.__name__}, default {f.default!r}\)", text), f.name
 

@@ -280,7 +280,7 @@ def build_or_resume(cfg: TrainConfig, meta: dict, machine: Machine) -> tuple[GPT
     out = Path(cfg.out)
     if out.exists() and not cfg.resume:
         fail(f"{out} exists: --resume continues it, --out=NAME starts another run")
-    if cfg.resume and not out.exists():
+    if cfg.resume and machine.sum(float(out.exists()))[0] == 0:  # no process sees it
         fail(f"there is no {out} to resume: check --out")
     try:
         model = GPT(cfg)

@@ -48,25 +48,24 @@ def test_every_run_of_an_experiment_is_valid_and_different(experiment, scale):
 
 
 @pytest.mark.parametrize(
-    "run, expected",
+    "scale, run, expected",
     [
-        ("books-rope", dict(pos="rope", data="data/gutenberg")),
-        ("fope-no-fs", dict(pos="fope", fourier_series=False, clip_floor=True)),
-        ("fope-double-head-dim", dict(n_head=8, head_dim=128, n_hidden=4096, n_layer=8)),
-        ("fope-double-heads-layers", dict(n_head=16, head_dim=64, n_hidden=4096, n_layer=16)),
-        ("fope-then-yarn", dict(pos="fope", scaling="yarn", train_len=1024, init_from="out/60M/fope-s3")),
-        ("rope-then-fope", dict(steps=1907, warmup=95, lr=3e-4, train_len=1024, init_from="out/60M/rope-s3")),
+        ("60M", "books-rope", dict(pos="rope", data="data/gutenberg")),
+        ("60M", "fope-no-fs", dict(pos="fope", fourier_series=False, clip_floor=True)),
+        ("60M", "fope-double-head-dim", dict(n_head=8, head_dim=128, n_hidden=4096, n_layer=8)),
+        ("tiny", "fope-double-heads-layers", dict(n_head=4, head_dim=64, n_hidden=1024, n_layer=6)),
+        ("60M", "fope-then-yarn", dict(pos="fope", scaling="yarn", train_len=1024, init_from="out/60M/fope-s3")),
+        ("60M", "rope-then-fope", dict(steps=1907, warmup=95, lr=3e-4, train_len=1024, init_from="out/60M/rope-s3")),
     ],
 )
-def test_what_a_run_changes(run, expected):
-    cfg = config(lines(run)[-2])
+def test_what_a_run_changes(scale, run, expected):
+    cfg = config(lines(run, scale)[-2])
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def test_a_run_on_books_is_tested_on_c4_and_a_continuation_trains_its_start_first():
+def test_at_the_papers_scale_figure_6a_trains_on_books_and_tests_on_c4():
+    assert (experiments.runs_of("fig6a", "60M")[0], experiments.runs_of("fig6a", "tiny")[0]) == ("books-fope", "fope")
     assert lines("books-rope")[-1].endswith("--data=data/c4")
-    first, second, _ = lines("rope-then-fope")
-    assert (config(first).pos, config(second).init_from) == ("rope", config(first).out)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def end(step, status=0):
     sys.exit(status)
 out = pathlib.Path(flags["--out"])
 out.mkdir(parents=True, exist_ok=True)
-signal.signal(signal.SIGTERM, lambda *_: end(step=10))
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), end(step=10)))
 (out / "started").touch()
 if flags["--pos"] == "nope":
     end(step=10, status=3)

@@ -44,6 +44,13 @@ def test_dirichlet_is_the_mean_of_the_window(n):
         assert figures.dirichlet(np.array(delta), n) == pytest.approx((expected * center).real, abs=1e-9)
 
 
+def test_truncation_shows_the_overlap_of_each_pair_with_a_constant():
+    kept, clipped = lines(figures.truncation().axes[1])[1:3]
+    for m in (0, 15, 16, 31):
+        component = np.exp(1j * 10_000 ** (-m / 32) * np.arange(512))
+        assert [*kept, *clipped][m] == pytest.approx(abs(sum(component)) / 512, abs=1e-9)
+
+
 def test_silu_creates_sums_and_differences_of_the_two_frequencies():
     """SiLU(x) is x / 2 plus an even function, so of 19 j + 50 k only those with j + k even are new."""
     (pair,), two, many = (
@@ -61,6 +68,14 @@ def test_mixture_is_two_pairs_with_their_series():
         own = math.cos(n), math.cos(0.1 * n)
         series = sum(a[w][m] * own[w] for w in (0, 1) for m in (0, 1))
         assert rope[n] == pytest.approx(sum(own), abs=1e-9) and fope[n] == pytest.approx(sum(own) + series, abs=1e-6)
+
+
+def test_the_title_counts_the_draws_in_which_fope_is_closer():
+    def error(sigma, draw):
+        return sum((figures.mixture(sigma, 2 * draw, 64) - figures.mixture(0.3, 2 * draw + 1, 64)) ** 2)
+
+    closer = sum(error(0.3, draw) < error(0.0, draw) for draw in range(20))
+    assert figures.blind_coefficients(N=64, draws=20).get_suptitle().endswith(f"in {closer / 20:.0%} of 20 draws")
 
 
 def test_mean_logit_is_that_of_the_module():

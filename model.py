@@ -109,7 +109,7 @@ class Attention(nn.Module):
             # On a GPU, autocast makes layer_norm return float32.
             q, k = (F.layer_norm(x, [self.head_dim]).to(v.dtype) for x in (q, k))
         q, k = self.position(q, k, positions)  # ALiBi appends channels
-        if cache:
+        if cache:  # [] is a cache that is still empty
             k, v = torch.cat([cache[0], k], dim=-2), torch.cat([cache[1], v], dim=-2)  # (B, K, past + T, d)
         if cache is not None:
             cache[:] = k, v
@@ -217,7 +217,7 @@ class GPT(nn.Module):
             x = block(x, positions, pads, own)
         x = self.norm(x)
         if targets is None:
-            return self.head(x[:, -last:])  # (B, T or last, vocab_size)
+            return self.head(x[:, -last:])  # (B, last, vocab_size); -0: takes all T
         x, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T,)
         if torch.is_grad_enabled():
             return F.cross_entropy(self.head(x).float(), targets)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-# The seeds of one run agree in these fields of eval.json, and in the config apart from FREE, which changes no result.
+# The seeds of one run agree in these fields of eval.json, and in the config except for fields that change no result.
 MEASURED = ("train_len", "step", "data", "behind_text", "scaling", "scale", "eval_tokens", "trials", "dtype")
-FREE = {"seed", "out", "resume", "micro_tokens", "log_every", "eval_every", "save_every", "eval_tokens", "eval_trials",
-        "device", "dtype", "compile", "wandb"}  # fmt: skip
+SEEDS_MAY_DIFFER = {"seed", "out", "resume", "micro_tokens", "log_every", "eval_every", "save_every", "eval_tokens",
+                    "eval_trials", "device", "dtype", "compile", "wandb"}  # fmt: skip
 LOOK = {"font.size": 13, "savefig.dpi": 200, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -72,7 +72,7 @@ def accuracy(result: dict) -> list[float]:
 def differences(a: dict, b: dict) -> list[str]:
     """What keeps two results from being seeds of one run. A field that only one of them has is an older version's."""
     found = [f"{k} {a[k]} and {b[k]}" for k in MEASURED if k in a and k in b and a[k] != b[k]]
-    for k in sorted(a["config"].keys() & b["config"].keys() - FREE):
+    for k in sorted(a["config"].keys() & b["config"].keys() - SEEDS_MAY_DIFFER):
         # init_from is a path: each seed continues the run of its own seed.
         ours, theirs = (re.sub(r"-s\d+", "", str(result["config"][k])) for result in (a, b))
         found += [f"--{k} {ours} and {theirs}"] * (ours != theirs)

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,16 +67,17 @@ class TrainConfig(GPTConfig):
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.1  # of AdamW, on every parameter, as in the paper
     clip: float = 1.0  # maximum gradient norm
-    # machine
+    # logging
     log_every: int = 10  # steps between log lines
     eval_every: int = 500  # steps between validations
     save_every: int = 500  # steps between checkpoints
     eval_tokens: int = 65_536  # validation tokens for the validation loss
     eval_trials: int = 100  # passkey trials per length in the evaluation after training; 0: no evaluation
+    wandb: bool = False  # log to Weights & Biases too
+    # machine
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: str = "auto"  # auto (bfloat16 autocast where the hardware has it), bfloat16 or float32
     compile: str = "auto"  # torch.compile: auto (where it works), on or off
-    wandb: bool = False  # log to Weights & Biases too
 
 
 # A resumed run may change these. Everything else changes what is computed.
@@ -210,7 +212,7 @@ def load_data(cfg: TrainConfig, machine: Machine) -> tuple[np.ndarray, np.ndarra
     return tokens, val_tokens, meta
 
 
-def micro_batch(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
+def split_batch(cfg: TrainConfig, machine: Machine) -> tuple[int, int]:
     """Sequences per step on this process, and how many of them make a micro-batch."""
     share, remainder = divmod(cfg.batch_tokens, cfg.train_len * machine.world)
     if remainder or not share:
@@ -242,7 +244,7 @@ def take(tokens: np.ndarray, sequences: np.ndarray, T: int, device) -> tuple[tor
 
 def micro_batches(tokens: np.ndarray, step: int, cfg: TrainConfig, machine: Machine) -> list:
     """This process's part of global batch `step`: a list of (inputs, targets)."""
-    share, micro = micro_batch(cfg, machine)
+    share, micro = split_batch(cfg, machine)
     n_sequences = (len(tokens) - 1) // cfg.train_len
     mine = batch_sequences(cfg.seed, step, share * machine.world, n_sequences)[machine.rank * share :][:share]
     return [take(tokens, mine[i : i + micro], cfg.train_len, machine.device) for i in range(0, share, micro)]
@@ -278,9 +280,13 @@ def build_or_resume(cfg: TrainConfig, meta: dict, machine: Machine) -> tuple[GPT
     out = Path(cfg.out)
     if out.exists() and not cfg.resume:
         fail(f"{out} exists: --resume continues it, --out=NAME starts another run")
+    if cfg.resume and not out.exists():
+        fail(f"there is no {out} to resume: check --out")
     try:
         model = GPT(cfg)
         checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
+        if cfg.resume and not checkpoint:
+            machine.say(f"{out} has no checkpoint yet: starting at step 0")
         if cfg.init_from and not checkpoint:
             machine.say(initial_weights(model, cfg.init_from))
     except ValueError as error:
@@ -332,6 +338,11 @@ class Log:
         self.file = self.wandb = None
         if not machine.main:
             return
+        if cfg.wandb:
+            try:
+                import wandb
+            except ImportError:
+                fail("--wandb needs the package wandb: pip install wandb")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = lock(self.path)
@@ -340,10 +351,6 @@ class Log:
         except OSError as error:
             fail(f"{cfg.out} cannot be written: {error}")
         if cfg.wandb:
-            try:
-                import wandb
-            except ImportError:
-                fail("--wandb needs the package wandb: pip install wandb")
             self.wandb = wandb.init(project="fope", name=Path(cfg.out).name, config=asdict(cfg))
 
     def write(self, step: int, **values) -> None:
@@ -361,7 +368,7 @@ class Log:
 def validate(model: GPT, val_tokens: np.ndarray, cfg: TrainConfig, machine: Machine) -> float:
     """Mean loss in nats over the first eval_tokens of the validation text, in sequences of N."""
     mine = np.arange(min(cfg.eval_tokens, len(val_tokens) - 1) // cfg.train_len)[machine.rank :: machine.world]
-    _, micro = micro_batch(cfg, machine)
+    _, micro = split_batch(cfg, machine)
     total = 0.0
     for i in range(0, len(mine), micro):
         x, y = take(val_tokens, mine[i : i + micro], cfg.train_len, machine.device)
@@ -375,8 +382,8 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     """Linear warmup to lr, then a cosine that would reach lr / 10 one step after the last."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    done = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
-    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    progress = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
+    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,7 +406,7 @@ def train(cfg: TrainConfig) -> bool:
     # Everything that can be wrong with the input is found before anything is written.
     machine = Machine(cfg)
     tokens, val_tokens, meta = load_data(cfg, machine)
-    share, micro = micro_batch(cfg, machine)
+    share, micro = split_batch(cfg, machine)
     raw, optimizer, start = build_or_resume(cfg, meta, machine)
     log = Log(cfg, start, machine)
     model = torch.compile(raw) if machine.compile else raw
@@ -448,7 +455,7 @@ def train(cfg: TrainConfig) -> bool:
                 log.write(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
             text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
             if speed:
-                left = time.strftime("%H:%M:%S", time.gmtime((cfg.steps - done) * cfg.batch_tokens / speed))
+                left = timedelta(seconds=round((cfg.steps - done) * cfg.batch_tokens / speed))
                 text += f"  {speed:,} tokens/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  {left} left"
             machine.say(text)
             logged_at, logged_step = time.perf_counter(), done
@@ -474,6 +481,8 @@ def train(cfg: TrainConfig) -> bool:
         dist.destroy_process_group()
     if done < cfg.steps:
         machine.say(f"stopped and saved at step {done}: --resume continues")
+    if log.wandb:
+        log.wandb.finish()
     if log.error:
         fail(log.error)
     return done == cfg.steps and not stop_signals

@@ -61,22 +61,23 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     these are drills: a model of 1 M parameters does not learn retrieval from text alone. The validation split is text
     only, whole modules that the training split does not have.
     """
-    source, documents = standard_library()
-    tokenizer = get_tokenizer("bytes")
-    splits = {False: [], True: []}
-    for name, text in documents:
-        split = splits[held_out(hashlib.sha256(name.encode()).digest(), 0.03)]
-        split += [np.frombuffer(text.encode(), np.uint8), np.array([tokenizer.eot], np.uint16)]
-    text, val = np.concatenate(splits[False]), np.concatenate(splits[True])
-    text = text[: len(text) // length * length].reshape(-1, length)
-    rng = np.random.default_rng(seed)
-    passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
-    for window in passkey:
-        document, _ = passkey_document(tokenizer, length, int(rng.integers(10_000, 100_000)), rng.random())
-        window[:] = drill(rng, length) if rng.random() < 0.75 else document
-    train = rng.permutation(np.concatenate([text, passkey])).ravel()
-    facts = {"source": source, "documents": len(documents), "passkey_share": share, "window": length}
-    return write(out, tokenizer, train, val, facts)
+    with workspace(out, ["builtin"]) as work:
+        source, documents = standard_library()
+        tokenizer = get_tokenizer("bytes")
+        splits = {False: [], True: []}
+        for name, text in documents:
+            split = splits[held_out(hashlib.sha256(name.encode()).digest(), 0.03)]
+            split += [np.frombuffer(text.encode(), np.uint8), np.array([tokenizer.eot], np.uint16)]
+        text, val = np.concatenate(splits[False]), np.concatenate(splits[True])
+        text = text[: len(text) // length * length].reshape(-1, length)
+        rng = np.random.default_rng(seed)
+        passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
+        for window in passkey:
+            document, _ = passkey_document(tokenizer, length, int(rng.integers(10_000, 100_000)), rng.random())
+            window[:] = drill(rng, length) if rng.random() < 0.75 else document
+        train = rng.permutation(np.concatenate([text, passkey])).ravel()
+        facts = {"source": source, "documents": len(documents), "passkey_share": share, "window": length}
+        return save(work, out, tokenizer, train, val, facts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,6 +97,8 @@ def hub_sources(corpus: str, work: Path) -> tuple[str, list[Source]]:
         else:
             names = HfApi().list_repo_files(repository, repo_type="dataset")
             sources = [(name, None) for name in sorted(names) if name.endswith(".parquet")]
+            if not sources:
+                fail(f"{repository} on the hub has no .parquet file")
         commit = get_hf_file_metadata(hf_hub_url(repository, sources[0][0], repo_type="dataset")).commit_hash
         replace_file(kept, lambda f: f.write(json.dumps([commit, sources]).encode()))
     commit, sources = json.loads(kept.read_text())
@@ -279,13 +282,18 @@ def finish(work: Path, out: Path, tokenizer, facts: dict, counts: dict) -> dict:
     return meta
 
 
+def save(work: Path, out: Path, tokenizer, train: np.ndarray, val: np.ndarray, facts: dict) -> dict:
+    """Save two arrays of tokens in `work`, the work folder of `out`, and finish it. Returns what meta.json holds."""
+    (work / "done").mkdir(exist_ok=True)
+    for split, tokens in (("train", train), ("val", val)):
+        tokens.astype(token_type(tokenizer)).tofile(work / "done" / f"{split}.bin")
+    return finish(work, out, tokenizer, facts, {"train": {"tokens": len(train)}, "val": {"tokens": len(val)}})
+
+
 def write(out: Path, tokenizer, train: np.ndarray, val: np.ndarray, facts: dict) -> dict:
-    """Write two arrays of tokens to the folder `out`. Returns what meta.json holds."""
+    """Make the folder `out` of two arrays of tokens of your own. Returns what meta.json holds."""
     with workspace(out, [facts]) as work:
-        (work / "done").mkdir(exist_ok=True)
-        for split, tokens in (("train", train), ("val", val)):
-            tokens.astype(token_type(tokenizer)).tofile(work / "done" / f"{split}.bin")
-        return finish(work, out, tokenizer, facts, {"train": {"tokens": len(train)}, "val": {"tokens": len(val)}})
+        return save(work, out, tokenizer, train, val, facts)
 
 
 def file_hash(path: Path) -> str:

@@ -43,7 +43,7 @@ class TiktokenTokenizer:
         A piece ends before the first white-space character that follows PIECE characters and precedes a word or sign.
         GPT-2's pattern always begins a new match there. So no piece has 999 999 white-space characters before another
         character, on which tiktoken panics. A run without such a place, one endless word for example, stays one piece:
-        tiktoken takes a minute and 8 GB for 60 MB of it.
+        tiktoken takes a few minutes and 2 GB of memory for 60 MB of it.
         """
         text, start, look = "", 0, PIECE  # the piece begins at `start`; the next cut lies at `look` or behind it
         for block in blocks:

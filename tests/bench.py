@@ -216,7 +216,7 @@ def transformers() -> None:
         with llama_elsewhere(preset) as theirs:
             mine, llamas = alternate(rounds, trainer(ours, lambda run: run(x, y), compiled=True), theirs)
         row(
-            f"{preset} step, each as it comes (ours compiled and keeping memory): ours against Llama, tokens/s",
+            f"{preset} step as it comes (ours compiled and keeping memory): ours against Llama, tokens/s",
             llamas,
             mine,
             ">= 1.15",
@@ -335,7 +335,7 @@ print(time.perf_counter() - start, peak() - before)
 """
 
 
-def data(megabytes: int = 60, rounds: int = 3) -> None:
+def data(megabytes: int | str = 60, rounds: int | str = 3) -> None:
     """data/prepare.py on files, against encode_ordinary_batch on the same documents in memory, at two sizes."""
     import pyarrow
     import pyarrow.parquet
@@ -357,7 +357,7 @@ def data(megabytes: int = 60, rounds: int = 3) -> None:
             pyarrow.parquet.write_table(pyarrow.table({"text": texts * copies}), root / "text.parquet")
             for file in ("text.jsonl.gz", "text.parquet"):
                 ours, theirs = [], []
-                for _ in range(rounds):
+                for _ in range(int(rounds)):
                     command = [sys.executable, "-c", PREPARE, root / file, f"--out={root / 'out'}"]
                     command += [f"--tokenizer={root / 'ranks.tiktoken'}"]
                     printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -47,15 +47,12 @@ ODD = [
 BOM = b"\xef\xbb\xbf"
 
 
-def texts(n, seed=0, words=40):
-    """n different texts of random words, most of them with something odd at the end."""
-    rng = random.Random(seed)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-
-    def some(k):
-        return ["".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(k)]
-
-    return [" ".join([*some(rng.randint(2, words)), rng.choice(ODD)]) for _ in range(n)]
+def texts(n, seed=0):
+    """n different texts of 2 to 40 random words, most of them with something odd at the end."""
+    rng, words = random.Random(seed), []
+    for _ in range(500):
+        words.append("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 9))))
+    return [" ".join([*rng.choices(words, k=rng.randint(2, 40)), rng.choice(ODD)]) for _ in range(n)]
 
 
 def tokens(some, encoding=BYTES.encoding):
@@ -104,19 +101,19 @@ def test_the_built_in_corpus_is_byte_for_byte_what_it_was(monkeypatch, tmp_path)
     monkeypatch.setattr(prepare, "standard_library", lambda: ("random words", documents))
     meta = prepare.builtin(tmp_path / "out")
     assert meta["train"] == {
-        "tokens": 1_935_360,
-        "sha256": "6ff4f9bf715658a24edb219d818513d8939949f583a4c0cfd7812e6c425dd2bc",
+        "tokens": 1_916_928,
+        "sha256": "a8b12666b1e745a85e2c66240b1a3b45476f4b5e7fa31dc319137bd63b3b8f82",
     }
     assert meta["val"] == {
-        "tokens": 12_838,
-        "sha256": "3097f850a786da487bc9d9f3c5e05cc2ddbf4f619d4181308924de39f5f308a2",
+        "tokens": 13_968,
+        "sha256": "25f4b471f7bd9c352c7650ebaee015315ebbacc12df028abc11a59593cc359e2",
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is read
 
-A = texts(200, seed=4)  # two of them are held out
+A = texts(200, seed=3)  # two of them are held out
 BAD = b'{"text": null}\n{"url": "u"}\n["text"]\n7\n{"text": 7}\n{text}\n{"text": "\xe9"}\n'
 READ = {  # {file: content}, the documents in it; FLAGS as one more
     ".jsonl": ({"a.jsonl": lines(A)}, A),
@@ -289,16 +286,12 @@ def test_bad_input_gets_one_line_and_leaves_nothing(argv, monkeypatch, capsys, t
     assert {path.name for path in tmp_path.iterdir()} - {name.split("/")[0] for name in FILES} <= {"out.partial"}
 
 
-@pytest.mark.parametrize("package, file", [("pyarrow", "a.parquet"), ("tokenizers", "a.json")])
-def test_a_missing_package_is_named(package, file, monkeypatch, capsys, tmp_path):
-    write(tmp_path, {"a.parquet": parquet(A), "a.json": lines(A)})
+@pytest.mark.parametrize("package, made", [("pyarrow", "bytes"), ("tokenizers", "tokenizer.json")])
+def test_a_missing_package_is_named(package, made, monkeypatch, capsys, tmp_path):
+    write(tmp_path, {"a.parquet": parquet(A)})
     monkeypatch.setitem(sys.modules, package, None)
-    argv = [
-        f"{tmp_path}/{file}",
-        f"--out={tmp_path}/out",
-        f"--tokenizer={tmp_path / 'a.json' if file == 'a.json' else 'bytes'}",
-    ]
-    assert f"pip install {package}" in refused(capsys, prepare.main, argv)
+    argv = f"{{d}}/a.parquet --tokenizer={made}"
+    assert f"pip install {package}" in refused(capsys, main, tmp_path, argv)
 
 
 def test_a_file_that_was_mended_is_read_again_and_other_arguments_are_refused(capsys, tmp_path):
@@ -379,20 +372,10 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, ranks):
     assert cuts > 2000
 
 
-LONG = {  # a text, and where it may be cut before it goes to tiktoken, which panics on it as a whole
-    "spaces and a word": (" " * 1_199_999, " word"),
-    "tabs and newlines": ("\t\n" * 600_000, "\tword"),
-    "two runs": ("word" + " " * 1_100_000, " word" + "\n" * 1_100_000, "\nword"),
-    "spaces before a separator": (" " * 1_100_000, " \x1c"),
-    "spaces alone": (" " * 1_200_000,),
-    "one word": ("word" * 80_000,),
-}
-
-
-@pytest.mark.parametrize("name", LONG)
-def test_a_long_run_has_the_tokens_of_its_parts(name, ranks, tmp_path):
-    mine, text = tokenizer.get_tokenizer(str(ranks)), "".join(LONG[name])
-    expected = [token for part in LONG[name] for token in mine.encoding.encode_ordinary(part)]
+def test_a_million_white_space_characters_in_a_row_do_not_make_tiktoken_panic(ranks, tmp_path):
+    parts = [" " * 10**6, " word" + "\t" * 10**6, "\t" + "word" * 80_000 + "\n" * 10**6, "\n\x1c" + " " * 10**6]
+    mine, text = tokenizer.get_tokenizer(str(ranks)), "".join(parts)
+    expected = [token for part in parts for token in mine.encoding.encode_ordinary(part)]  # GPT-2's pattern ends there
     assert mine.encode_ordinary(text) == expected
     write(tmp_path, {"a.jsonl": lines([text])})
     train, val, _ = main(tmp_path, f"{{d}}/a.jsonl --tokenizer={ranks}")
@@ -484,7 +467,7 @@ COMMIT = "5" * 40
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The hub's paths on 127.0.0.1. The first transfer of `breaks` ends in the middle. `log` has the requests."""
+    """The hub's paths on 127.0.0.1. The first transfer of `breaks` ends in the middle. `log` has requests."""
 
     def __init__(self, repository, files, breaks=None):
         super().__init__(("127.0.0.1", 0), HubAnswer)
@@ -531,7 +514,12 @@ class HubAnswer(http.server.BaseHTTPRequestHandler):
 
 def start(out, *argv, hub=None):
     """prepare.py in a process of its own, which first prints a line when the imports are done."""
-    env = os.environ | {"HF_HOME": f"{out}.hf", "no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {
+        "HF_HOME": f"{out}.hf",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "no_proxy": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port if hub else 9}"}
     code = "import sys; from data import prepare; print('ready', flush=True); prepare.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *argv, f"--out={out}", "--tokenizer=bytes"]
@@ -573,21 +561,24 @@ def test_a_hub_out_of_reach_gets_one_line(tmp_path):
 
 
 def test_a_run_killed_ten_times_has_the_bytes_of_one_that_was_not(tmp_path):
-    files, rng, left = [f"{tmp_path}/{i}.jsonl" for i in range(16)], random.Random(0), set()
-    write(tmp_path, {f"{i}.jsonl": lines(texts(1500, i)) for i in range(16)})
-    start(tmp_path / "whole", *files, "--tokens=2000000").communicate()
+    files, rng, parts = [f"{tmp_path}/{i}.jsonl" for i in range(60)], random.Random(0), set()
+    write(tmp_path, {f"{i}.jsonl": lines(texts(300, i)) for i in range(60)})
+    begun = time.monotonic()
+    main(tmp_path, " ".join(files) + " --tokenizer=bytes", "whole")
+    seconds = time.monotonic() - begun
     for _ in range(10):
-        process = start(tmp_path / "out", *files, "--tokens=2000000")
-        process.stdout.readline()  # the imports are done
-        time.sleep(rng.random() / 5)
+        process = start(tmp_path / "out", *files)
+        process.stdout.readline()  # its imports are done
+        time.sleep(seconds * rng.random() / 8)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        left.add(len(list((tmp_path / "out.partial").glob("[0-9]*"))))
-    out, err = start(tmp_path / "out", *files, "--tokens=2000000").communicate()
+        parts.add(len(list((tmp_path / "out.partial").glob("[0-9]*"))))
+    assert len(parts) > 2  # the kills met it at different places
+    _, err = start(tmp_path / "out", *files).communicate()
     for name in ("train.bin", "val.bin", "meta.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), err
-    assert len(left) > 2 and not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

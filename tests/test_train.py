@@ -112,7 +112,7 @@ def test_help_gives_every_flag_its_meaning_type_and_default(capsys):
     with pytest.raises(SystemExit):
         train.parse_flags(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert all(f"{group}:" in text for group in ("model", "position", "training", "machine"))
+    assert all(f"{group}:" in text for group in ("model", "position", "training", "logging", "machine"))
     for f in dataclasses.fields(train.TrainConfig):
         assert re.search(rf"--{f.name} [^-]\S.*?\({f.type.__name__}, default {f.default!r}\)", text), f.name
 
@@ -180,17 +180,19 @@ def test_wandb_logs_the_loss(monkeypatch, data, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "out", "--steps=2", "--wandb")])
+    run_class, seen = wandb.sdk.wandb_run.Run, []
+    real = run_class.log
+    monkeypatch.setattr(run_class, "log", lambda self, values, step: (seen.append(values), real(self, values, step)))
     train.main()
-    wandb.log({}, step=3)  # wandb sums up a step when the next one begins
-    loss = wandb.run.summary["loss"]
-    wandb.finish()
-    assert loss == logged(tmp_path / "out", "loss")[-1]
+    assert [values["loss"] for values in seen if "loss" in values] == logged(tmp_path / "out", "loss")
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and wandb.run is None  # written and finished
 
 
 def test_without_wandb_one_line_names_the_package(data, tmp_path):
     end = run(flags(data, tmp_path / "out", "--wandb"), partial(exec, "import sys; sys.modules['wandb'] = None"))
     assert end.returncode == 2
     assert end.stderr == "train.py: --wandb needs the package wandb: pip install wandb\n"
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,6 +465,7 @@ BAD = {  # flags, and what the line must contain
     "evaluation of a short text": ("--eval_trials=1 --train_len=256", "takes 16 x --train_len + 1: use another"),
     "out inside a file": ("--out={d}/file/out", "{d}/file"),
     "out exists": ("--out={d}/run", "--resume"),
+    "resume a folder that is not there": ("--out={d}/nowhere --resume", "no {d}/nowhere to resume"),
     "resume half a checkpoint": ("--out={d}/cut --resume", "not a whole checkpoint"),
     "resume with other data": ("--out={d}/run --resume --data={d}/other", "other data"),
     "resume with another seed": ("--out={d}/run --resume --seed=1", "--seed=0"),

@@ -1,11 +1,11 @@
-"""The paper's pre-training experiments, each one command, at the paper's scale or in miniature.
+"""The paper's pre-training experiments. Each is one command, in miniature or at the paper's scale.
 
-    python paper/experiments.py fig1                  in miniature: one run at a time on every CPU core or GPU
-    python paper/experiments.py fig1 --scale=1.2B     as in the paper: torchrun on all GPUs
+    python paper/experiments.py fig1                 in miniature: one run at a time on every CPU core or GPU
+    python paper/experiments.py fig1 --scale=1.2B    as in the paper: torchrun on all GPUs, one run after another
 
-A run is a command of train.py and one of eval_passkey.py. Both are printed and can be typed instead. What has a result
-is skipped. What was stopped resumes. The result of a run is paper/results/SCALE/RUN-sSEED.json. From these, the command
-makes paper/results/SCALE/EXPERIMENT.md and .png for all seeds that there are.
+A run is a command of train.py and one of eval_passkey.py. Both are printed, and you can type them instead. A run that
+has a result is skipped. Ctrl-C and SIGTERM let the running commands save, and then the same command resumes.
+Results are in paper/results/SCALE/RUN-sSEED.json. Table and figure, EXPERIMENT.md and .png beside them, show all seeds.
 """
 
 import argparse
@@ -27,41 +27,16 @@ import plot
 from data.files import fail, replace_file
 from data.prepare import builtin
 from eval_passkey import numbers
-from train import parse_flags
+from train import TrainConfig, parse_flags
 
-# The paper gives no schedule for Figure 4's continuation at 2N. We take half of lr, and 5 % of the steps as warmup.
-CONTINUED = "--train_len=1024 --steps={steps_10} --warmup={steps_200} --lr={half_lr}"
-RUNS = {  # the flags of each run. {..} are values of the preset, see commands()
-    "fope": "--pos=fope",
-    "rope": "--pos=rope",
-    "alibi": "--pos=alibi",
-    "kerple": "--pos=kerple",
-    "fire": "--pos=fire",
-    "nope": "--pos=nope",
-    "fope-no-fs": "--fourier_series=false",
-    "fope-no-cf": "--clip_floor=false",
-    "fope-double-head-dim": "--n_embd={twice_embd} --n_hidden={twice_hidden}",
-    "fope-double-heads-layers": "--n_head={twice_head} --n_layer={twice_layer} --n_embd={twice_embd} "
-    "--n_hidden={twice_hidden}",
-    "fope-sigma0.1": "--sigma=0.1",
-    "fope-sigma0.2": "--sigma=0.2",
-    "fope-sigma0.4": "--sigma=0.4",
-    "fope-sigma0.5": "--sigma=0.5",
-    "fope-d32": "--n_freqs=32",
-    "fope-d64": "--n_freqs=64",
-    "fope-d128": "--n_freqs=128",
-    "rope-qknorm": "--pos=rope --qk_norm",
-    "rope-a": "--pos=rope --whole_cycles",
-    "rope-a-qknorm": "--pos=rope --whole_cycles --qk_norm",
-    "nope-qknorm": "--pos=nope --qk_norm",
-    "fope-release": "--zero_phase=false",
-    "fope-normal": "--coef_init=normal",
-    "rope-then-yarn": f"--pos=rope --scaling=yarn {CONTINUED}",
-    "rope-then-fope": f"--pos=fope {CONTINUED}",
-    "fope-then-yarn": f"--pos=fope --scaling=yarn {CONTINUED}",
-    "fope-then-fope": f"--pos=fope {CONTINUED}",
-}
-EXPERIMENTS = {  # the runs of each experiment, in the order of the paper's legend
+# ----------------------------------------------------------------------------------------------------------------------
+# The grid
+
+MINIATURES = {"tiny": "--model=tiny", "tiny5k": "--model=tiny --steps=5000"}
+SCALES = MINIATURES | {"60M": "--model=60M", "180M": "--model=180M", "1.2B": "--model=1.2B"}
+LENGTHS = "512,1024,2048,4096,8192"
+
+EXPERIMENTS = {  # the runs of each, in the order of the paper's legend
     "fig1": ["nope", "alibi", "kerple", "fire", "rope", "fope"],
     "fig4": ["rope-then-yarn", "rope-then-fope", "fope-then-yarn", "fope-then-fope"],
     "fig5": ["fope", "rope", "alibi"],
@@ -71,14 +46,39 @@ EXPERIMENTS = {  # the runs of each experiment, in the order of the paper's lege
     "table2": ["rope", "rope-qknorm", "rope-a", "rope-a-qknorm", "nope", "nope-qknorm"],
     "release": ["fope", "fope-release", "fope-normal"],
 }
-VARIED = {  # figures that are drawn against a number
-    "fig6b": ("sigma", [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
-    "fig6c": ("number of frequencies D", [16, 32, 64, 128]),
+SIGMAS = dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))
+DS = dict(zip(EXPERIMENTS["fig6c"], (16, 32, 64, 128)))
+VARIED = {  # figures whose x axis is not the length
+    "fig6b": dict(xlabel="sigma", varied=SIGMAS),
+    "fig6c": dict(xlabel="number of frequencies D", varied=DS),
 }
 TITLES = {("fig1", "tiny5k"): "FoPE's perplexity stays far below RoPE's beyond N. KERPLE and ALiBi retrieve farther"}
-MINIATURES = {"tiny": "--model=tiny", "tiny5k": "--model=tiny --steps=5000"}
-SCALES = MINIATURES | {name: f"--model={name}" for name in ("60M", "180M", "1.2B")}
-LENGTHS = "512,1024,2048,4096,8192"
+
+
+def flags_of_runs(p: TrainConfig) -> dict[str, str]:
+    """What each run changes about the preset p. A run START-then-NAME continues the run START."""
+    doubled = f"--n_embd={2 * p.n_embd} --n_hidden={2 * p.n_hidden}"
+    # A tenth of the tokens at 2N. The paper gives no schedule: we halve lr, and warm up for 5 % of the steps.
+    longer = f"--train_len={2 * p.train_len} --steps={p.steps // 10} --warmup={p.steps // 200} --lr={p.lr / 2}"
+    return {
+        **{pos: f"--pos={pos}" for pos in ("nope", "alibi", "kerple", "fire", "rope", "fope")},
+        "rope-then-yarn": f"--pos=rope --scaling=yarn {longer}",
+        "rope-then-fope": f"--pos=fope {longer}",
+        "fope-then-yarn": f"--pos=fope --scaling=yarn {longer}",
+        "fope-then-fope": f"--pos=fope {longer}",
+        "fope-no-fs": "--fourier_series=false",
+        "fope-no-cf": "--clip_floor=false",
+        "fope-double-head-dim": doubled,
+        "fope-double-heads-layers": f"{doubled} --n_head={2 * p.n_head} --n_layer={2 * p.n_layer}",
+        **{f"fope-sigma{sigma}": f"--sigma={sigma}" for sigma in (0.1, 0.2, 0.4, 0.5)},
+        **{f"fope-d{d}": f"--n_freqs={d}" for d in (32, 64, 128)},
+        "rope-qknorm": "--pos=rope --qk_norm",
+        "rope-a": "--pos=rope --whole_cycles",
+        "rope-a-qknorm": "--pos=rope --whole_cycles --qk_norm",
+        "nope-qknorm": "--pos=nope --qk_norm",
+        "fope-release": "--zero_phase=false",
+        "fope-normal": "--coef_init=normal",
+    }
 
 
 def runs_of(experiment: str, scale: str) -> list[str]:
@@ -87,154 +87,147 @@ def runs_of(experiment: str, scale: str) -> list[str]:
     return [f"books-{run}" if books else run for run in EXPERIMENTS[experiment]]
 
 
-def commands(run: str, scale: str, seed: int, trials: int) -> list[str]:
-    """The commands of a run: training and evaluation, before them the training of the run that it continues."""
-    cfg = parse_flags(SCALES[scale].split())
-    values = dict(twice_embd=2 * cfg.n_embd, twice_hidden=2 * cfg.n_hidden, twice_head=2 * cfg.n_head)
-    values |= dict(twice_layer=2 * cfg.n_layer, half_lr=cfg.lr / 2)
-    values |= dict(steps_10=cfg.steps // 10, steps_200=cfg.steps // 200)
+def commands(run: str, seed: int, scale: str, trials: int) -> dict[str, str]:
+    """The commands of a run in their order, and the folder that each works in."""
+    flags = flags_of_runs(parse_flags(SCALES[scale].split()))
     gpus = max(torch.cuda.device_count(), 1)
     python = "python" if scale in MINIATURES else f"torchrun --standalone --nproc_per_node={gpus}"
-
-    def training(run: str, more: str = "") -> str:
-        out = f"out/{scale}/{run}-s{seed}"
-        flags = RUNS[run.removeprefix("books-")].format(**values) + more
-        resume = " --resume" if (ROOT / out).exists() else ""
-        return f"{python} train.py {SCALES[scale]} {flags} --seed={seed} --out={out} --eval_trials=0{resume}"
-
-    evaluation = f"python eval_passkey.py out/{scale}/{run}-s{seed} --lengths={LENGTHS} --trials={trials}"
-    parent = run.split("-then-")[0]
-    if parent != run:
-        return [training(parent), training(run, f" --init_from=out/{scale}/{parent}-s{seed}"), evaluation]
-    if run.startswith("books-"):
-        return [training(run, " --data=data/gutenberg"), f"{evaluation} --data=data/c4"]
-    return [training(run), evaluation]
+    books, start, lines = run.startswith("books-"), run.split("-then-")[0], {}
+    for name in dict.fromkeys([start, run]):
+        out = f"out/{scale}/{name}-s{seed}"
+        line = f"{python} train.py {SCALES[scale]} {flags[name.removeprefix('books-')]}"
+        line += " --data=data/gutenberg" if books else ""
+        line += f" --init_from=out/{scale}/{start}-s{seed}" if name != start else ""
+        line += f" --seed={seed} --out={out} --eval_trials=0"
+        line += " --resume" if (ROOT / out).exists() else ""
+        lines[line] = out
+    line = f"python eval_passkey.py {out} --lengths={LENGTHS} --trials={trials}"
+    return lines | {f"{line} --data=data/c4" if books else line: out}
 
 
-def start(line: str, log: Path, environment: dict[str, str]) -> subprocess.Popen:
-    """Prints a command and starts it, with its output in `log`."""
-    print(*(f"{name}={value}" for name, value in environment.items()), line, flush=True)
-    program, *words = line.split()
-    words = [sys.executable, *["-m", "torch.distributed.run"] * (program == "torchrun"), *words]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
-        return subprocess.Popen(words, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file)
+# ----------------------------------------------------------------------------------------------------------------------
+# The driver
 
 
-def keep_result(run: str, scale: str, seed: int, kept: Path) -> bool:
-    """Copies a run's result to `kept`. False if its training was stopped before the last step."""
-    made = ROOT / f"out/{scale}/{run}-s{seed}" / ("eval-on-c4.json" if run.startswith("books-") else "eval.json")
-    result = json.loads(made.read_text())
-    if result["step"] < result["config"]["steps"]:
-        return False
+def done(out: str, line: str) -> bool:
+    """Checks a command that ended with status 0. Copies the result of an evaluation to paper/results."""
+    if "train.py" in line:  # a training that a signal stopped has status 0 too
+        last = json.loads((ROOT / out / "log.jsonl").read_text().splitlines()[-1])
+        return last["step"] == parse_flags(line.split("train.py ")[1].split()).steps
+    result = (ROOT / out / ("eval-on-c4.json" if "--data=" in line else "eval.json")).read_bytes()
+    kept = ROOT / f"paper/results/{out.removeprefix('out/')}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(kept, lambda file: file.write(made.read_bytes()))
+    replace_file(kept, lambda file: file.write(result))
     print(f"done: {kept}", flush=True)
     return True
 
 
-def next_job(jobs: list, running: dict) -> tuple | None:
-    """Takes a job from the list. Runs that continue one start wait for each other: the first may have to train it."""
-    busy = {(run.split("-then-")[0], seed) for (run, seed, _), _, _ in running.values()}
-    job = next((job for job in jobs if (job[0].split("-then-")[0], job[1]) not in busy), None)
-    if job:
-        jobs.remove(job)
-    return job
+def worker(jobs, environment: dict[str, str], failed: list[str]):
+    """Takes jobs from an iterator that all workers share, and runs their commands one after another.
+
+    This is a generator. It yields each process that it starts. Call it again when the process has ended.
+    """
+    for job in jobs:
+        for line, out in job.items():
+            print(*(f"{name}={value}" for name, value in environment.items()), line, flush=True)
+            program, *words = line.split()
+            words = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
+            log = ROOT / f"{out}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as file:
+                # A session of its own: Ctrl-C in a terminal reaches the driver only, which sends one SIGTERM.
+                options = dict(cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file)
+                process = subprocess.Popen(words, start_new_session=True, **options)
+            yield process
+            if process.returncode or not done(out, line):
+                print(f"{out} is not finished, status {process.returncode}: see {log}", file=sys.stderr, flush=True)
+                failed.append(out)
+                break
 
 
-def carry_out(jobs: list[tuple[str, int, Path]], scale: str, trials: int, slots: list[dict[str, str]]) -> bool:
-    """Runs the jobs, one at a time on each slot, which is an environment. False if one of them failed."""
-    running, well = {}, True  # slot number: (job, its commands that are left, process)
-    try:
-        while jobs or running:
-            for slot, environment in enumerate(slots):
-                job, left, process = running.pop(slot, (None, [], None))
-                if process and process.poll() is None:
-                    running[slot] = job, left, process
-                    continue
-                if job is None:
-                    job = next_job(jobs, running)
-                    if job is None:
-                        continue
-                    left = commands(job[0], scale, job[1], trials)
-                run, seed, kept = job
-                log = ROOT / f"out/{scale}/{run}-s{seed}.log"
-                failed = process and process.returncode
-                if left and not failed:
-                    running[slot] = job, left[1:], start(left[0], log, environment)
-                elif failed or not keep_result(run, scale, seed, kept):
-                    print(f"{run}-s{seed} is not finished: see {log}", file=sys.stderr)
-                    well = False
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        for _, _, process in running.values():
+def carry_out(workers: list) -> None:
+    """Runs the workers side by side until all jobs are done, or a signal asks to stop."""
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    processes = [next(worker, None) for worker in workers]
+    while any(processes) and not signals:
+        time.sleep(0.2)
+        for i, process in enumerate(processes):
+            if process and process.poll() is not None:
+                processes[i] = next(workers[i], None)
+    if signals:
+        for process in filter(None, processes):
             process.terminate()  # train.py saves
-        for _, _, process in running.values():
+        for process in filter(None, processes):
             process.wait()
         fail("stopped: the same command resumes")
-    return well
 
 
 def report(experiment: str, scale: str) -> None:
     """Writes the experiment's table and figure, from every seed that has a result."""
-    folder, runs = ROOT / "paper/results" / scale, runs_of(experiment, scale)
-    found = [plot.read_result(file) for run in runs for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
-    if not found:
-        return
-    text = plot.table(found)
-    if experiment == "table2":  # the paper's Table 2 has losses
-        losses = [r | {"perplexity": np.log(r["perplexity"]).tolist()} for r in found]
-        text = plot.table(losses).replace(": perplexity", ": loss")
+    folder, title = ROOT / "paper/results" / scale, TITLES.get((experiment, scale), "")
+    files = [file for run in runs_of(experiment, scale) for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
+    try:
+        found = [plot.read_result(file) for file in files]
+        if not found:
+            return
+        text = plot.table(found)
+        if experiment == "table2":  # the paper's Table 2 has losses
+            losses = [result | {"perplexity": np.log(result["perplexity"]).tolist()} for result in found]
+            text = plot.table(losses).replace(": perplexity", ": loss")
+    except ValueError as error:
+        fail(str(error))
     (folder / f"{experiment}.md").write_text(text + "\n")
-    options = {"title": TITLES.get((experiment, scale), "")}
-    if experiment in VARIED:
-        options["xlabel"], values = VARIED[experiment]
-        options["varied"] = dict(zip(runs, values))
-    plot.figure(found, folder / f"{experiment}.png", **options)
-    print(f"\n{text}\n\nwritten: {folder}/{experiment}.md and .png")
+    drawn = plot.figure(found, folder / f"{experiment}.png", title, **VARIED.get(experiment, {}))
+    print(f"\n{text}\n\nwritten: {folder}/{experiment}.md{' and .png' if drawn else ''}")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument(
-        "--scale", choices=SCALES, default="tiny", help="tiny5k is tiny with 5000 steps (default: tiny)"
-    )
-    parser.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
-    parser.add_argument("--runs", help="comma-separated: only these runs of the experiment")
-    parser.add_argument("--trials", type=int, help="passkey trials per length (default: 100 in miniature, else 1000)")
-    parser.add_argument("--dry_run", action="store_true", help="print all commands and end")
+    add = parser.add_argument
+    add("experiment", choices=EXPERIMENTS)
+    add("--scale", choices=SCALES, default="tiny", help="tiny5k is tiny with 5000 steps (default: tiny)")
+    add("--seeds", default="0", help="comma-separated (default: 0)")
+    add("--runs", help="comma-separated: only these runs of the experiment")
+    add("--trials", type=int, help="passkey trials per length (default: 100 in miniature, else 1000)")
+    add("--dry_run", action="store_true", help="print all commands and end")
     args = parser.parse_args(argv)
-    known, miniature = runs_of(args.experiment, args.scale), args.scale in MINIATURES
-    runs = args.runs.split(",") if args.runs else known
-    if not set(runs) <= set(known):
-        fail(f"{args.experiment} has no run {min(set(runs) - set(known))}: it has {', '.join(known)}")
+    seeds, known = numbers("--seeds", args.seeds, 0), runs_of(args.experiment, args.scale)
+    runs, miniature = args.runs.split(",") if args.runs else known, args.scale in MINIATURES
+    trials = (100 if miniature else 1000) if args.trials is None else args.trials
+    if unknown := set(runs) - set(known):
+        fail(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
     if miniature and args.experiment == "fig5":
         fail("fig5 needs two corpora, and the miniature has one: use --scale=60M, 180M or 1.2B")
     if args.scale in ("180M", "1.2B") and args.experiment in VARIED:
         fail(f"{args.experiment} varies the 60M model, as the paper does: use --scale=60M or tiny")
-    trials = (100 if miniature else 1000) if args.trials is None else args.trials
     if trials < 1:
         fail("--trials must be at least 1")
 
-    folder = ROOT / "paper/results" / args.scale
-    jobs = [(run, seed, folder / f"{run}-s{seed}.json") for seed in numbers("--seeds", args.seeds, 0) for run in runs]
+    jobs = {}  # (START, seed): commands. Runs that continue one START are one job, which trains START once
+    for seed in seeds:
+        for run in runs:
+            if args.dry_run or not (ROOT / f"paper/results/{args.scale}/{run}-s{seed}.json").exists():
+                job = jobs.setdefault((run.split("-then-")[0], seed), {})
+                job.update(commands(run, seed, args.scale, trials))
     if args.dry_run:
-        lines = [line for run, seed, _ in jobs for line in commands(run, args.scale, seed, trials)]
-        print("\n".join(dict.fromkeys(lines)))
+        print("\n".join(line for job in jobs.values() for line in job))
         return
-    jobs = [job for job in jobs if not job[2].exists()]
     if jobs and miniature and not (ROOT / "data/builtin").exists():
-        builtin(ROOT / "data/builtin")
-    slots = [{}]  # all GPUs together, or Apple's one
+        builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it
+    environments = [{}]  # at the paper's scale, one worker has all GPUs
     if miniature and not torch.backends.mps.is_available():
-        cards = [{"CUDA_VISIBLE_DEVICES": str(card)} for card in range(torch.cuda.device_count())]
-        slots = cards or [{"OMP_NUM_THREADS": "1"}] * os.cpu_count()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    well = carry_out(jobs, args.scale, trials, slots)
+        gpus = torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",")[:gpus]]
+        environments = environments or [{"OMP_NUM_THREADS": "1"}] * cores
+    queue, failed = iter(jobs.values()), []
+    carry_out([worker(queue, environment, failed) for environment in environments])
     report(args.experiment, args.scale)
-    sys.exit(not well)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

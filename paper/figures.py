@@ -1,10 +1,10 @@
-"""The figures that explain RoPE and FoPE in the frequency domain. No training is needed.
+"""The figures that explain RoPE and FoPE in the frequency domain. One function draws and returns one figure.
 
     python paper/figures.py                                      draw all of them into paper/figures
     python paper/figures.py out/tiny-rope-s0 out/tiny-fope-s0    measure |q| and |k| in these two models first
 
-Each function draws one figure and returns it. N is the training length in tokens. sigma is the size of FoPE's
-coefficients.
+In all figures, FoPE is the thick colored line and RoPE is black. N is the training length in tokens, theta the base of
+the frequencies, and sigma the size of FoPE's coefficients. A notebook can call each function with other values.
 """
 
 import json
@@ -26,50 +26,58 @@ from model import load_model
 
 FOLDER = ROOT / "paper/figures"
 QK_MEANS = ROOT / "paper/results/qk_means.json"
-FOPE, GREY = "#d55e00", "0.55"
+FOPE = dict(color="#d55e00", linewidth=4)
+matplotlib.rcParams.update(
+    {"font.size": 12, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False}
+)
 
 
 def panels(count: int, title: str, height: float = 3.2) -> tuple[Figure, list]:
     """A figure with `count` axes in one column, 6.4 inches wide, so that a phone can show it."""
-    matplotlib.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    fig = Figure((6.4, count * height + 0.4), layout="constrained")
-    fig.suptitle(title, fontweight="bold", fontsize=13)
+    fig = Figure((6.4, count * height + 0.5), layout="constrained")
+    fig.suptitle(title, fontweight="bold", fontsize=14)
     return fig, list(np.atleast_1d(fig.subplots(count)))
 
 
 def kept_pairs(N: int, theta: float, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """RoPE's frequencies (head_dim / 2,), and which of them FoPE keeps."""
     omega = rope_frequencies(head_dim, theta)
-    position = FoPE(n_head=1, head_dim=head_dim, train_len=N, omega=omega, seed=0)
-    return omega.numpy(), np.isin(omega, position.omega)
+    return omega.numpy(), np.isin(omega, FoPE(n_head=1, head_dim=head_dim, train_len=N, omega=omega, seed=0).omega)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Why RoPE breaks beyond N
+# Why RoPE breaks beyond N, and what FoPE does about it
 
 
-def frequencies(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Figure:
-    """Equations (1) and (4) of fope.py: RoPE's frequencies, and the angles that training shows of some of them."""
+def frequencies(N: int = 512, theta: float = 10_000.0, head_dim: int = 64, sigma: float = 0.3) -> Figure:
+    """Equations (1), (4) and 13 of fope.py: which pairs FoPE clips, and the real part of four pairs' factors."""
     omega, kept = kept_pairs(N, theta, head_dim)
-    title = f"{(~kept).sum()} of RoPE's {len(omega)} pairs complete no cycle\nwithin the training length N = {N}"
-    fig, (top, bottom) = panels(2, title)
-    cycles = omega * N / (2 * np.pi)
-    for mask, fill, name in ((kept, "full", "kept by FoPE"), (~kept, "none", "clipped by FoPE")):
-        top.plot(np.flatnonzero(mask), cycles[mask], "o", color="black", fillstyle=fill, markersize=5, label=name)
-    top.axhline(1, color=FOPE, linewidth=2.5, label="floor: one cycle")
-    top.set(yscale="log", xlabel="pair m", ylabel="cycles within N")
+    title = f"{(~kept).sum()} of RoPE's {len(omega)} pairs complete no cycle within\nN = {N} tokens. "
+    fig, (top, bottom) = panels(2, f"{title}FoPE makes them constant", 3.6)
+    for mask, fill, name in ((kept, "full", "kept"), (~kept, "none", "clipped")):
+        cycles = omega[mask] * N / (2 * np.pi)
+        top.plot(np.flatnonzero(mask), cycles, "o", color="black", fillstyle=fill, label=f"{mask.sum()} {name} pairs")
+    top.axhline(1, color="0.5", linestyle=":", label="floor: one cycle within N")
+    top.set(yscale="log", xlabel="pair m", ylabel="cycles within N tokens")
     top.legend()
-    last = int(kept.sum()) - 1
-    shown = [m for m in (last - 3, last, last + 2, last + 7) if 0 <= m < len(omega)]
-    n = np.arange(2 * N + 1)
+
+    n, M = torch.arange(2 * N + 1), int(kept.sum())
+    rope = RoPE(head_dim=head_dim, theta=theta).cos_sin(n)[0][0].numpy()  # (2 N + 1, head_dim / 2)
+    fope = np.ones_like(rope)  # the factor of clipped pairs
+    fope[:, :M] = FoPE(n_head=1, head_dim=head_dim, train_len=N, theta=theta, sigma=sigma, seed=0).cos_sin(n)[0][0]
+    shown = [m for m in (M - 4, M - 1, M + 1, M + 6) if 0 <= m < len(omega)]
     for row, m in enumerate(shown):
-        curve, new = np.cos(omega[m] * n) - 2.6 * row, (n > N) & (omega[m] * n < 2 * np.pi)
-        bottom.plot(n, curve, color="black", linewidth=1.5)
-        bottom.plot(n, np.where(new, curve, np.nan), color=FOPE, linewidth=4)
-        bottom.annotate(f"pair {m}", (2 * N * 1.02, curve[-1]), annotation_clip=False, va="center")
-    bottom.axvline(N, color=GREY, linestyle=":")
-    bottom.set(yticks=[], xlabel=f"distance n (tokens); dotted: N = {N}", ylabel="cos ωn", xlim=(0, 2 * N))
-    bottom.set_title("thick: angles that training never shows", fontsize=12)
+        unseen = (n > N) & (omega[m] * n < 2 * np.pi)
+        (fope_line,) = bottom.plot(n, fope[:, m] - 3 * row, **FOPE)
+        (seen_line,) = bottom.plot(n, np.where(unseen, np.nan, rope[:, m]) - 3 * row, "k", linewidth=2)
+        (unseen_line,) = bottom.plot(n, np.where(unseen, rope[:, m], np.nan) - 3 * row, "k:", linewidth=2)
+        bottom.annotate(f"pair {m}", (2 * N * 1.02, -3 * row), annotation_clip=False, va="center")
+    bottom.vlines(N, 1.5 - 3 * len(shown), 1.5, color="0.5", linewidth=1)
+    bottom.set_xticks([0, N, 2 * N], ["0", f"N = {N}", f"2N = {2 * N}"])
+    bottom.set(xlim=(0, 2 * N), ylim=(1.5 - 3 * len(shown), 6.5), yticks=[], xlabel="position n in tokens")
+    bottom.set_ylabel("real part of the factor")
+    labels = ["FoPE", "RoPE", "RoPE, at angles unseen in training"]
+    bottom.legend([fope_line, seen_line, unseen_line], labels, loc="upper left", frameon=False)
     return fig
 
 
@@ -87,35 +95,25 @@ def truncation(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Fig
     Eq. 10 has the first zero of the window's spectrum at pi / N. For N samples it is at 2 pi / N, the floor.
     """
     floor = 2 * np.pi / N
-    fig, (top, bottom) = panels(2, "Within N tokens, a frequency far below the floor\ncannot be told from a constant")
-    at = np.linspace(-3, 7, 2001)
-    for cycles, look in ((3.0, dict(color="black")), (0.4, dict(color=FOPE, linewidth=2.5, linestyle="--"))):
+    title = "Within N tokens, a frequency far below the floor\ncannot be distinguished from a constant"
+    fig, (top, bottom) = panels(2, title)
+    at = np.linspace(-3, 10, 2001)
+    for cycles, look in ((3.0, dict(color="black")), (0.4, dict(color="0.5", linewidth=2.5, linestyle="--"))):
         top.plot(at, np.abs(dirichlet((at - cycles) * floor, N)), label=f"{cycles:g} cycles within N", **look)
-    top.axvline(0, color=GREY, linestyle=":")
-    top.set(xlabel="frequency (in units of the floor 2π/N)", ylabel="|spectrum| / N", title="two sinusoids")
+    top.axvline(0, color="0.5", linestyle=":")
+    top.set(xlabel="frequency in units of the floor 2π/N", ylabel="|spectrum| / N", title="spectra of two sinusoids")
     top.legend()
     omega, kept = kept_pairs(N, theta, head_dim)
-    curve = np.geomspace(0.02, 80, 4000)
-    bottom.plot(curve, np.abs(dirichlet(curve * floor, N)), color=GREY, linewidth=1)
-    for mask, fill, name in ((kept, "full", "kept"), (~kept, "none", "clipped")):
+    at = np.geomspace(0.02, 80, 4000)
+    bottom.plot(at, np.abs(dirichlet(at * floor, N)), color="0.5", linewidth=1)
+    for mask, fill, name in ((kept, "full", "kept pairs"), (~kept, "none", "clipped pairs")):
         overlap = np.abs(dirichlet(omega[mask], N))
         bottom.plot(omega[mask] / floor, overlap, "o", color="black", fillstyle=fill, label=name)
-    bottom.axvline(1, color=FOPE, linewidth=2)
-    bottom.set(xscale="log", xlabel="frequency (in units of the floor)", ylabel="overlap with a constant")
+    bottom.axvline(1, color="0.5", linestyle=":")
+    bottom.set(xscale="log", xlabel="frequency in units of the floor 2π/N", ylabel="overlap with a constant")
     bottom.set_title("RoPE's frequencies")
     bottom.legend()
     return fig
-
-
-def spectrum(x: np.ndarray) -> np.ndarray:
-    """Amplitude of each whole number of cycles, 0 .. n/2, in a real signal of n samples (last axis)."""
-    amplitude = np.abs(np.fft.rfft(x)) / x.shape[-1]
-    amplitude[..., 1:-1] *= 2
-    return amplitude
-
-
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
 
 
 def mixing(N: int = 512) -> Figure:
@@ -123,14 +121,15 @@ def mixing(N: int = 512) -> Figure:
     angle = 2 * np.pi * np.outer((19, 50), np.arange(N)) / N  # 19 and 50 cycles within N
     pairs = np.concatenate([np.cos(angle), np.sin(angle)])
     mixed = (2 * np.random.default_rng(0).standard_normal((4, 4)) @ pairs)[0]
-    fig, axes = panels(3, "A linear layer mixes frequencies,\nan activation function creates new ones", 2.2)
-    stages = (("one frequency", pairs[0]), ("after a random linear layer", mixed), ("then after SiLU", silu(mixed)))
-    for axis, (title, signal) in zip(axes, stages):
-        found = spectrum(signal)
-        lines = np.flatnonzero(found > 1e-3)
-        axis.vlines(lines, 1e-5, found[lines], color="black", linewidth=2)
-        axis.set(yscale="log", ylim=(5e-4, 20), xlim=(-6, 215), ylabel="amplitude")
-        axis.set_title(f"{title}: {len(lines)}", fontsize=12)
+    stages = {"a pair": pairs[0], "after a random linear layer": mixed, "then after SiLU": mixed / (1 + np.exp(-mixed))}
+    fig, axes = panels(3, "A linear layer mixes frequencies.\nAn activation function creates new ones", 2.2)
+    for axis, (name, signal) in zip(axes, stages.items()):
+        amplitude = np.abs(np.fft.rfft(signal)) / N
+        amplitude[1:-1] *= 2  # the other half is at negative frequencies
+        lines = np.flatnonzero(amplitude > 1e-3)
+        axis.vlines(lines, 1e-5, amplitude[lines], color="black", linewidth=2.5)
+        axis.set(yscale="log", ylim=(5e-4, 20), xlim=(-6, N / 2), ylabel="amplitude")
+        axis.set_title(f"{name}: {len(lines)} " + ("frequency" if len(lines) == 1 else "frequencies"))
     axes[-1].set_xlabel("frequency (cycles within N)")
     return fig
 
@@ -140,36 +139,27 @@ def mixing(N: int = 512) -> Figure:
 
 
 def mixture(sigma: float, seed: int, N: int) -> np.ndarray:
-    """h(n) (N,) for two pairs with w = 1 and 0.1 and H = 1, each with a series of coefficients N(0, sigma).
-
-    sigma 0 is RoPE.
-    """
+    """h(n) (N,) for two pairs with w = 1 and 0.1 and H = 1, and coefficients N(0, sigma). sigma 0 is RoPE."""
     shape = dict(n_head=1, head_dim=4, train_len=N, theta=100.0)
     cos, _ = FoPE(**shape, coef_init="normal", sigma=sigma, seed=seed).cos_sin(torch.arange(N))
     return cos[0].sum(-1).numpy()
 
 
-def mixture_errors(sigma: float, sigmas, draws: int, N: int) -> np.ndarray:
-    """Root mean square error of FoPE with each of `sigmas`, against mixtures with sigma: (len(sigmas), draws)."""
-    truths = [mixture(sigma, 2 * draw + 1, N) for draw in range(draws)]
-    return np.array([
-        [np.sqrt(np.mean((mixture(own, 2 * draw, N) - truth) ** 2)) for draw, truth in enumerate(truths)]
-        for own in sigmas
-    ])  # fmt: skip
-
-
 def blind_coefficients(N: int = 512, sigma: float = 0.3, draws: int = 200) -> Figure:
     """The paper's Figure 3, with coefficients that are drawn without knowledge of the true mixture, as in use."""
-    sigmas = np.arange(0, 0.61, 0.1)
-    errors = mixture_errors(sigma, sigmas, draws, N)
-    closer = (mixture_errors(sigma, [sigma], draws, N)[0] < errors[0]).mean()
+    sigmas = sorted({0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, sigma})
+    errors = np.zeros((len(sigmas), draws))
+    for draw in range(draws):
+        truth = mixture(sigma, 2 * draw + 1, N)
+        errors[:, draw] = [np.sqrt(np.mean((mixture(own, 2 * draw, N) - truth) ** 2)) for own in sigmas]
+    closer = (errors[sigmas.index(sigma)] < errors[0]).mean()
     title = f"Random coefficients do not model a mixture:\nFoPE is closer than RoPE in {closer:.0%} of {draws} draws"
     fig, (axis,) = panels(1, title)
-    axis.plot(sigmas, np.median(errors, 1), "o-", color=FOPE, linewidth=3)
-    axis.fill_between(sigmas, *np.percentile(errors, [5, 95], axis=1), color=FOPE, alpha=0.2)
-    axis.plot(0, np.median(errors[0]), "s", color="black", markersize=9, zorder=3)
-    axis.annotate("RoPE", (0, np.median(errors[0])), xytext=(8, -16), textcoords="offset points")
+    axis.plot(sigmas, np.median(errors, 1), "o-", **FOPE, label="FoPE: median, 5 % to 95 %")
+    axis.fill_between(sigmas, *np.percentile(errors, [5, 95], axis=1), color=FOPE["color"], alpha=0.2)
+    axis.plot(0, np.median(errors[0]), "s", color="black", markersize=9, zorder=3, label="RoPE")
     axis.set(xlabel="σ of FoPE's coefficients", ylabel="rms error of the logit", ylim=(0, None))
+    axis.legend(loc="upper left")
     return fig
 
 
@@ -196,45 +186,35 @@ def departure(position: FoPE, T: int) -> float:
 
 def both_positions(N: int = 512, theta: float = 10_000.0, head_dim: int = 64, sigma: float = 0.3) -> Figure:
     """The logit of one q and one k at every two positions. A function of distance is constant along diagonals."""
-    shape = dict(n_head=1, head_dim=head_dim, train_len=N, theta=theta, seed=0)
-    panel = {
-        f"the default, σ {sigma:g}": FoPE(**shape, sigma=sigma),
-        f"the paper's text, N(0, {sigma:g})": FoPE(**shape, sigma=sigma, coef_init="normal"),
-    }
-    fig, axes = panels(2, "FoPE's logit is not exactly a function of distance:\nfollow a diagonal", 4)
+    shape = dict(n_head=1, head_dim=head_dim, train_len=N, theta=theta, seed=0, sigma=sigma)
+    fig, axes = panels(2, "FoPE's logit is not exactly a function of distance:\nits diagonals are not constant", 4)
     q, k = torch.randn(2, 1, 1, 1, head_dim, generator=torch.Generator().manual_seed(0))
-    for axis, (title, position) in zip(axes, panel.items()):
+    panel = {
+        f"the default, σ {sigma:g}": FoPE(**shape),
+        f"the paper's text, N(0, {sigma:g})": FoPE(**shape, coef_init="normal"),
+    }
+    for axis, (name, position) in zip(axes, panel.items()):
         qs, ks = position(q.expand(1, 1, 128, head_dim), k.expand(1, 1, 128, head_dim))
         past = np.where(np.tri(128, dtype=bool), (qs @ ks.mT / head_dim**0.5)[0, 0], np.nan)  # attention is causal
         image = axis.imshow((past - np.nanmean(past)) / np.nanstd(past), cmap="gray", vmin=-2.5, vmax=2.5)
         axis.set(xlabel="position of the key (tokens)", ylabel="position of the query (tokens)")
-        axis.set_title(f"{title}: departure {departure(position, N):.2f}", fontsize=12)
+        axis.set_title(f"{name}: departure {departure(position, N):.2f}")
     fig.colorbar(image, ax=axes, label="logit (standard deviations)", shrink=0.6)
     return fig
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Trained models, and the paper's Figure 8
+# The paper's Figures 8 and 7
 
 
-def mean_logit(mean: float, distances: np.ndarray, theta: float = 10_000.0, head_dim: int = 64) -> np.ndarray:
-    """E h(n) / sqrt(d) for q and k of independent N(mean, 1): 2 mean^2 sum_m cos w_m n / sqrt(d)."""
-    omega = rope_frequencies(head_dim, theta).numpy()
-    return mean**2 * 2 * np.cos(np.outer(distances, omega)).sum(-1) / head_dim**0.5
-
-
-def decay(theta: float = 10_000.0, head_dim: int = 64, draws: int = 10_000) -> Figure:
-    """The paper's Figure 8: the "long-term decay" of RoPE comes from the mean of q and k, not from the rotation."""
-    generator, position = torch.Generator().manual_seed(0), RoPE(head_dim=head_dim, theta=theta)
-    distances = np.arange(0, 2048, 32)
-    fig, (axis,) = panels(1, "Without a mean of q and k, RoPE does not decay")
-    noise = torch.randn(2, draws, 1, 1, head_dim, generator=generator)
-    for mean, look in ((1.0, dict(color="black")), (0.0, dict(color=FOPE, linewidth=3))):
-        q, k = noise + mean
-        found = [(position(q, k, int(n))[0] * k).sum(-1).mean().item() / head_dim**0.5 for n in distances]
-        axis.plot(distances, found, ".", color=GREY)
-        axis.plot(mean_logit(mean, np.arange(2048), theta, head_dim), label=f"mean {mean:g}", **look)
-    axis.set(xlabel=f"distance n (tokens); dots: {draws} draws", ylabel="mean logit")
+def decay(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Figure:
+    """The paper's Figure 8. For q and k of independent N(mean, 1), E h(n) = 2 mean^2 sum_m cos w_m n."""
+    fig, (axis,) = panels(1, "RoPE's logit decays with distance only\nif the mean of q and k is not zero")
+    n = torch.arange(4 * N)
+    cos = RoPE(head_dim=head_dim, theta=theta).cos_sin(n)[0][0].numpy()  # (4 N, head_dim / 2)
+    for mean, look in ((1.0, dict(color="0.6", linewidth=1)), (0.0, dict(color="black", linewidth=3))):
+        axis.plot(n, 2 * mean**2 * cos.sum(-1) / head_dim**0.5, label=f"mean {mean:g}", **look)
+    axis.set(xlabel="distance n in tokens", ylabel="mean logit")
     axis.legend()
     return fig
 
@@ -262,17 +242,17 @@ def measure_qk(folders: list[str]) -> None:
 
 def trained_pairs(N: int = 512, theta: float = 10_000.0) -> Figure:
     """The paper's Figure 7 (there in Llama-2-7B), from what measure_qk() wrote."""
-    fig, axes = panels(2, "After training, the largest |k| stands\nnext to the floor", 2.8)
+    fig, axes = panels(2, "After training, |k| is largest near the floor", 2.8)
     for axis, (pos, run) in zip(axes, json.loads(QK_MEANS.read_text()).items()):
-        for name, look in (("q", dict(color=GREY)), ("k", dict(color="black", linewidth=2))):
-            values = np.array(run[name])  # (layers, heads, head_dim); pair m is dimensions m and m + head_dim / 2
-            values = values.reshape(-1, 2, values.shape[-1] // 2).mean((0, 1))
-            axis.plot(values, label=f"|{name}|", **look)
-        _, kept = kept_pairs(N, theta, 2 * len(values))
+        q, k = (np.array(run[name]) for name in ("q", "k"))  # (layers, heads, head_dim)
+        q, k = (x.reshape(-1, 2, x.shape[-1] // 2).mean((0, 1)) for x in (q, k))  # pair m is (m, m + head_dim / 2)
+        axis.plot(q, color="0.6", label="|q|")
+        axis.plot(k, label="|k|", **(FOPE if pos == "fope" else dict(color="black", linewidth=2)))
+        _, kept = kept_pairs(N, theta, 2 * len(k))
         axis.axvspan(kept.sum() - 0.5, len(kept) - 0.5, color="0.9")
         axis.set(xlabel="pair m (shaded: below the floor)", ylabel="mean")
-        axis.set_title(f"{pos}, {run['step']} steps, seed {run['seed']}", fontsize=12)
-    axes[0].legend()
+        axis.set_title(f"{pos}, {run['step']} steps, seed {run['seed']}")
+        axis.legend()
     return fig
 
 

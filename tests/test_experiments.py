@@ -1,9 +1,9 @@
-"""paper/experiments.py: its commands are valid and differ; the driver stops, resumes and keeps results."""
+"""paper/experiments.py: the commands of the grid, the driver that carries them out, and the tables that it writes."""
 
 import dataclasses
 import json
 import os
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,147 +21,218 @@ from paper import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def lines(run, scale="60M"):
+    return list(experiments.commands(run, seed=3, scale=scale, trials=7))
+
 
 def config(line):
-    words = shlex.split(line)
-    return train.parse_flags(words[words.index("train.py") + 1 :])
+    return train.parse_flags(line.split("train.py ")[1].split())
 
 
-@pytest.mark.parametrize("scale", ["tiny", "tiny5k", "60M"])
+@pytest.mark.parametrize("scale", ["tiny", "60M"])
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS)
-def test_commands_are_valid_and_train_what_differs(experiment, scale):
+def test_every_run_of_an_experiment_is_valid_and_different(experiment, scale):
     configs = []
     for run in experiments.runs_of(experiment, scale):
-        *_, training, evaluation = experiments.commands(run, scale, 3, 7)
+        *_, training, evaluation = lines(run, scale)
         cfg = config(training)
-        position_embedding(cfg, 0)  # what it refuses is refused here
-        assert (cfg.seed, cfg.resume, f"{cfg.out} --lengths={experiments.LENGTHS} --trials=7" in evaluation) == (
-            3,
-            False,
-            True,
-        )
-        assert training.split()[0] == ("python" if "tiny" in scale else "torchrun")
-        configs.append({name: value for name, value in dataclasses.asdict(cfg).items() if name != "out"})
+        position_embedding(cfg, 0)  # refuses options that do not fit
+        assert cfg.seed == 3 and f"{cfg.out} --lengths={experiments.LENGTHS} --trials=7" in evaluation
+        assert training.split()[0] == ("torchrun" if scale == "60M" else "python")
+        configs.append(dataclasses.asdict(cfg) | {"out": ""})
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
 
-def test_books_are_tested_on_c4():
-    training, evaluation = experiments.commands("books-rope", "60M", 0, 1)
-    assert config(training).data == "data/gutenberg" and evaluation.endswith("--data=data/c4")
-
-
-def test_a_continuation_is_a_tenth_of_the_steps_at_twice_the_length():
-    start, training, _ = experiments.commands("rope-then-fope", "60M", 0, 1)
-    first, then = config(start), config(training)
-    assert (first.pos, then.pos, then.init_from) == ("rope", "fope", first.out)
-    assert (then.train_len, then.steps, then.warmup, then.lr) == (1024, 1907, 95, 3e-4)
-
-
-def test_doubling_keeps_the_heads_or_the_head_dim():
-    wide, more = (
-        config(experiments.commands(f"fope-double-{what}", "60M", 0, 1)[0]) for what in ("head-dim", "heads-layers")
-    )
-    assert (wide.n_head, wide.head_dim, wide.n_layer) == (8, 128, 8)
-    assert (more.n_head, more.head_dim, more.n_layer, more.n_hidden) == (16, 64, 16, 4096)
-
-
-SMALL = (
-    "--n_layer=1 --n_embd=32 --n_hidden=32 --batch_tokens=1024 --steps=200 --warmup=1 --log_every=1 --eval_every=1000"
+@pytest.mark.parametrize(
+    "scale, run, expected",
+    [
+        ("60M", "books-rope", dict(pos="rope", data="data/gutenberg")),
+        ("60M", "fope-no-fs", dict(pos="fope", fourier_series=False, clip_floor=True)),
+        ("60M", "fope-double-head-dim", dict(n_head=8, head_dim=128, n_hidden=4096, n_layer=8)),
+        ("tiny", "fope-double-heads-layers", dict(n_head=4, head_dim=64, n_hidden=1024, n_layer=6)),
+        ("60M", "fope-then-yarn", dict(pos="fope", scaling="yarn", train_len=1024, init_from="out/60M/fope-s3")),
+        ("60M", "rope-then-fope", dict(steps=1907, warmup=95, lr=3e-4, train_len=1024, init_from="out/60M/rope-s3")),
+    ],
 )
+def test_what_a_run_changes(scale, run, expected):
+    cfg = config(lines(run, scale)[-2])
+    assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def drive(folder, *argv):
-    """The driver in a process of its own, with a small model, writing into `folder`."""
-    code = f"""from pathlib import Path
-from paper import experiments
-experiments.ROOT, experiments.LENGTHS = Path({str(folder)!r}), "512,1024"
-experiments.SCALES["tiny"] = "--model=tiny {SMALL} --compile=off --device=cpu --eval_tokens=1024"
-experiments.RUNS["rope-then-fope"] = "--pos=fope --train_len=1024 --steps=2"
-experiments.RUNS["rope-then-yarn"] = "--pos=rope --scaling=ntk"
-experiments.main({list(argv)!r})"""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("train.py", "eval_passkey.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 200, dtype=np.uint8).astype(np.uint16)
-    prepare.write(tmp_path / "data/builtin", get_tokenizer("bytes"), text, text[:2000], {"source": "a fox"})
-    return tmp_path
-
-
-@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])
-def test_a_stopped_driver_has_saved_its_runs_and_resumes(folder, stop):
-    process, log = drive(folder, "fig4", "--runs=rope-then-fope", "--trials=2"), folder / "out/tiny/rope-s0/log.jsonl"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and log.read_text().count("\n") > 5) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    if stop == "Ctrl-C":  # a terminal sends it to all processes, a scheduler's SIGTERM goes to the driver alone
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.terminate()
-    status, _, err = finish(process)
-    assert status == 2 and err.endswith("stopped: the same command resumes\n")
-    step = json.loads(log.read_text().splitlines()[-1])["step"]
-    assert f"saved at step {step}" in (folder / "out/tiny/rope-then-fope-s0.log").read_text() and step < 200
-    if stop == "SIGTERM":
-        return  # it resumes as after Ctrl-C
-
-    status, out, err = finish(drive(folder, "fig4", "--runs=rope-then-fope,rope-then-yarn", "--trials=2"))
-    assert status == 1 and "rope-then-yarn-s0 is not finished" in err  # it has a bad flag; the other one is done
-    assert json.loads(log.read_text().splitlines()[-1])["step"] == 200
-    result = json.loads((folder / "paper/results/tiny/rope-then-fope-s0.json").read_text())
-    assert (result["step"], result["trials"], result["config"]["init_from"]) == (2, 2, "out/tiny/rope-s0")
-    assert "rope-then-fope: passkey" in (folder / "paper/results/tiny/fig4.md").read_text()
-
-    status, out, err = finish(drive(folder, "fig4", "--runs=rope-then-fope", "--trials=2"))
-    assert status == 0 and "train.py" not in out and "rope-then-fope: passkey" in out  # nothing is run again
+def test_at_the_papers_scale_figure_6a_trains_on_books_and_tests_on_c4():
+    assert (experiments.runs_of("fig6a", "60M")[0], experiments.runs_of("fig6a", "tiny")[0]) == ("books-fope", "fope")
+    assert lines("books-rope")[-1].endswith("--data=data/c4")
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
+        (["fig2"], "fig2"),
         (["fig1", "--runs=llama"], "no run llama"),
+        (["fig1", "--seeds=a"], "--seeds"),
+        (["fig1", "--trials=0"], "--trials"),
         (["fig5"], "two corpora"),
         (["fig6b", "--scale=1.2B"], "--scale=60M"),
-        (["fig1", "--trials=0"], "--trials"),
-        (["fig1", "--seeds=a"], "--seeds"),
-        (["fig2"], "fig2"),
     ],
 )
 def test_bad_input_gets_one_line(capsys, argv, words):
     with pytest.raises(SystemExit) as end:
         experiments.main(argv)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and words in err
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and words in error
 
 
-def test_figure_6c_is_drawn_against_the_number_of_frequencies(tmp_path, monkeypatch, capsys):
+# ----------------------------------------------------------------------------------------------------------------------
+# The driver
+
+SMALL = "--model=tiny --n_layer=1 --n_embd=32 --n_hidden=32 --batch_tokens=1024 --steps=120 --log_every=1 "
+SMALL += "--data=data/fox --compile=off --device=cpu"
+# In place of train.py. It "trains" until it is stopped, and with --resume it is finished at once. nope fails. fire is
+# stopped by a signal that the driver did not send.
+TRAIN = """import json, pathlib, signal, sys, time
+flags = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
+def end(step, status=0):
+    (out / "log.jsonl").write_text(json.dumps(dict(step=step)))
+    sys.exit(status)
+out = pathlib.Path(flags["--out"])
+out.mkdir(parents=True, exist_ok=True)
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), end(step=10)))
+(out / "started").touch()
+if flags["--pos"] == "nope":
+    end(step=10, status=3)
+if "--resume" not in sys.argv and flags["--pos"] != "fire":
+    time.sleep(100)
+end(step=20 if flags["--pos"] == "fire" else int(flags.get("--steps", 3000)))
+"""
+EVALUATE = f"""import pathlib, shutil, sys
+out = pathlib.Path(sys.argv[1])
+shutil.copy(f"{ROOT}/paper/results/tiny/{{out.name}}.json", out / "eval.json")
+"""
+
+
+def run(*argv):
+    """The driver in this process. Returns its exit status."""
+    with pytest.raises(SystemExit) as end:
+        experiments.main(["--trials=2", *argv])
+    return end.value.code
+
+
+def stop(folder, number, once, *argv):
+    """The driver in a process of its own, on two cores, which gets a signal `once` something holds."""
+    code = f"""import os
+from pathlib import Path
+from paper import experiments
+os.sched_getaffinity = lambda process: [0, 1]
+experiments.ROOT, experiments.SCALES = Path({str(folder)!r}), {experiments.SCALES}
+experiments.main({argv})"""
+    options = dict(stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+    deadline = time.monotonic() + 60
+    while not once() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, number)  # to the whole group, as a terminal does
+    assert process.communicate(timeout=100)[1].endswith("stopped: the same command resumes\n")
+    assert process.returncode == 2
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    folder, seen = tmp_path / "paper/results/tiny", []
-    folder.mkdir(parents=True)
-    for name in ("fope-s0", "fope-d64-s0"):
-        (folder / f"{name}.json").write_text((ROOT / f"paper/results/tiny/{name}.json").read_text())
-    monkeypatch.setattr(experiments.plot, "figure", lambda results, path, **options: seen.append(options))
-    experiments.report("fig6c", "tiny")
-    assert seen[0]["varied"]["fope-d64"] == 64 and "| fope-d64: perplexity | 1 |" in capsys.readouterr().out
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # the driver's handlers are not for pytest
+    (tmp_path / "data/builtin").mkdir(parents=True)
+    return tmp_path
+
+
+def last_step(folder, name):
+    return json.loads((folder / f"out/tiny/{name}/log.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def test_a_real_run_is_stopped_resumed_and_evaluated(folder, monkeypatch):
+    monkeypatch.setitem(experiments.SCALES, "tiny", SMALL)
+    for name in ("train.py", "eval_passkey.py"):
+        (folder / name).symlink_to(ROOT / name)
+    fox = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 400, dtype=np.uint8).astype(np.uint16)
+    prepare.write(folder / "data/fox", get_tokenizer("bytes"), fox, fox[:9000], {"source": "a fox"})
+    log, printed = folder / "out/tiny/rope-s0/log.jsonl", folder / "out/tiny/rope-s0.log"
+    stop(folder, signal.SIGTERM, lambda: log.exists() and log.read_text().count("\n") > 5, "fig1", "--runs=rope")
+    step = last_step(folder, "rope-s0")
+    assert step < 120 and f"saved at step {step}" in printed.read_text()
+
+    assert run("fig1", "--runs=rope") == 0 and f"from step {step}\n" in printed.read_text()
+    result = json.loads((folder / "paper/results/tiny/rope-s0.json").read_text())
+    assert (result["step"], result["trials"], result["lengths"][-1]) == (120, 2, 8192)
+    assert (folder / "paper/results/tiny/fig1.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def stubs(folder):
+    (folder / "train.py").write_text(TRAIN)
+    (folder / "eval_passkey.py").write_text(EVALUATE)
+    return folder
+
+
+def test_ctrl_c_lets_every_running_command_save(stubs):
+    started = stubs / "out/tiny"
+    stop(stubs, signal.SIGINT, lambda: len(list(started.glob("*/started"))) == 2, "fig1", "--runs=rope,alibi,fope")
+    assert (last_step(stubs, "rope-s0"), last_step(stubs, "alibi-s0")) == (10, 10)
+    assert not (started / "fope-s0").exists()
+
+
+def test_a_run_that_fails_stops_no_other_run_and_what_is_done_is_not_run_again(stubs, capsys):
+    for name in ("rope-s0", "fope-s0"):
+        (stubs / "out/tiny" / name).mkdir(parents=True)
+    status, (out, error) = run("fig1", "--runs=rope,nope,fire,fope"), capsys.readouterr()
+    trained = {line.split("--out=out/tiny/")[1].split()[0]: line for line in out.splitlines() if "train.py" in line}
+    assert [name for name, line in trained.items() if line.endswith("--resume")] == ["rope-s0", "fope-s0"]
+    assert "nope-s0 is not finished, status 3" in error and "fire-s0 is not finished, status 0" in error
+    kept = sorted(path.name for path in (stubs / "paper/results/tiny").glob("*.json"))
+    assert status == 1 and kept == ["fope-s0.json", "rope-s0.json"]
+
+    status, (out, _) = run("fig1", "--runs=rope,fope"), capsys.readouterr()
+    assert status == 0 and ".py" not in out and "| fope: passkey | 1 |" in out
+
+
+def test_continuations_of_one_start_follow_each_other_and_train_it_once(stubs, capsys):
+    for name in ("rope-s0", "rope-then-yarn-s0", "rope-then-fope-s0"):
+        (stubs / "out/tiny" / name).mkdir(parents=True)
+    status, (out, _) = run("fig4", "--runs=rope-then-yarn,rope-then-fope"), capsys.readouterr()
+    names = [line.split("out/tiny/")[-1].split()[0] for line in out.splitlines() if ".py " in line]
+    assert status == 0 and names == ["rope-s0"] + 2 * ["rope-then-yarn-s0"] + 2 * ["rope-then-fope-s0"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables and figures
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A copy of the committed results without their tables. report() draws no figure."""
+    shutil.copytree(ROOT / "paper/results", tmp_path / "paper/results", ignore=shutil.ignore_patterns("*.md"))
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments.plot, "figure", lambda *args, **options: True)
+    return tmp_path / "paper/results"
 
 
 @pytest.mark.parametrize("table", sorted((ROOT / "paper/results").glob("*/*.md")), ids=lambda path: path.stem)
-def test_committed_tables_follow_from_the_committed_results(table, tmp_path, monkeypatch, capsys):
-    scale = table.parent.name
-    folder = tmp_path / "paper/results" / scale
-    folder.mkdir(parents=True)
-    for file in table.parent.glob("*.json"):
-        (folder / file.name).symlink_to(file)
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setattr(experiments.plot, "figure", lambda *args, **options: True)
-    experiments.report(table.stem, scale)
-    assert (folder / table.name).read_text() == table.read_text()
+def test_committed_tables_follow_from_the_committed_results(table, results):
+    experiments.report(table.stem, table.parent.name)
+    assert (results / table.parent.name / table.name).read_text() == table.read_text()
+
+
+def test_figure_6c_is_drawn_against_the_number_of_frequencies(results, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiments.plot, "figure", lambda *args, varied, xlabel: seen.append(varied))
+    experiments.report("fig6c", "tiny")
+    assert seen == [{"fope": 16, "fope-d32": 32, "fope-d64": 64, "fope-d128": 128}]
+
+
+def test_results_that_are_not_alike_are_refused_in_one_line(results, capsys):
+    file = results / "tiny/fope-s1.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trials": 7}))
+    with pytest.raises(SystemExit):
+        experiments.report("fig6c", "tiny")
+    assert "not two seeds of one run" in capsys.readouterr().err

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import plot
 from baselines import scaled
-from data.files import fail, replace_file
+from data.files import fail, replace_file, say
 from data.passkey import passkey_document
 from data.prepare import load
 from data.tokenizer import get_tokenizer
@@ -174,14 +174,6 @@ def plan(path: Path, args, lengths: list[int] | None, dtype: str) -> tuple[dict,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
-
-
-def say(text: str) -> None:
-    """Print. A closed pipe must not cost the measurements."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        pass
 
 
 def measure(path: Path, result: dict, texts: list[np.ndarray], tokenizer, args, device, autocast) -> None:

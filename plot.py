@@ -9,6 +9,7 @@ gives their mean and, in parentheses, their range. A single seed's accuracy come
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -137,7 +138,8 @@ def best_effort(draw):
             with matplotlib.rc_context(LOOK):
                 draw(*args, **kwargs)
         except Exception as error:  # a missing package, a broken one, a full disk: each raises its own
-            print(f"no figure: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"no figure: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
             return False
         return True
 

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from data.files import fail
+from data.files import fail, say
 from data.tokenizer import get_tokenizer
 from model import find_device, load_model
 
@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         fail(str(error))
     text = tokenizer.decode([t for t in tokens if t < tokenizer.n_vocab])  # the vocabulary is padded
-    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character
-    print(text)
+    say(text)
 
 
 if __name__ == "__main__":

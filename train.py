@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import eval_passkey
 import plot
 from data import prepare
-from data.files import fail, lock, replace_file
+from data.files import LAUNCHER, fail, lock, replace_file, say
 from data.passkey import passkey_document
 from data.tokenizer import get_tokenizer
 from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
@@ -39,7 +39,7 @@ from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
 # How a preset is trained. The paper's recipe (App. A.3) is 10B tokens in steps of 524 288.
 PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000)
 RECIPES = {
-    "tiny": dict(log_every=50),
+    "tiny": dict(optimizer="muon", log_every=50),
     "60M": PAPER | dict(micro_tokens=32_768),  # what fits a card of 48 GB. Less does not change the result
     "180M": PAPER | dict(micro_tokens=16_384),
     "1.2B": PAPER | dict(micro_tokens=4096),
@@ -58,14 +58,15 @@ class TrainConfig(GPTConfig):
     out: str = ""  # folder for checkpoint, log and evaluation; empty: out/MODEL-POS-sSEED
     resume: bool = False  # continue from the checkpoint in out
     init_from: str = ""  # checkpoint to take the weights from; its position embedding may be another
-    steps: int = 3000  # optimizer steps
+    steps: int = 1500  # optimizer steps
     batch_tokens: int = 4096  # tokens per step, over all processes
     micro_tokens: int = 4096  # maximum tokens per micro-batch and process
     lr: float = 2e-3  # learning rate after warmup; a cosine takes it to a tenth
     warmup: int = 100  # steps of linear warmup
+    optimizer: str = "adamw"  # adamw for all parameters (the paper's), or muon for the matrices in the blocks
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
-    weight_decay: float = 0.1  # of AdamW, on every parameter, as in the paper
+    weight_decay: float = 0.1  # on every parameter, as in the paper
     clip: float = 1.0  # maximum gradient norm
     # logging
     log_every: int = 10  # steps between log lines
@@ -83,6 +84,7 @@ class TrainConfig(GPTConfig):
 # A resumed run may change these. Everything else changes what is computed.
 FREE = {"resume", "init_from", "data", "out", "micro_tokens", "log_every", "eval_every", "save_every", "eval_tokens",
         "eval_trials", "device", "dtype", "compile", "wandb"}  # fmt: skip
+CHANGEABLE = ("steps", "lr", "warmup")  # and these, if the command line gives them again: a run can be made longer
 AT_LEAST = {"n_layer": 1, "n_head": 1, "n_embd": 1, "n_hidden": 1, "train_len": 1, "steps": 1, "batch_tokens": 1,
             "micro_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0, "warmup": 0,
             "eval_trials": 0, "weight_decay": 0, "lr": 0, "beta1": 0, "beta2": 0, "clip": 0}  # fmt: skip
@@ -97,8 +99,8 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def parse_flags(argv: list[str]) -> TrainConfig:
-    """The configuration from --name=value or --name value. A flag wins over the preset, and that over the default."""
+def parse_flags(argv: list[str]) -> dict:
+    """The flags that the command line gives, as --name=value or --name value, and the folder `out` that they mean."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
     types, group = {f.name: f for f in fields(TrainConfig)}, None
@@ -113,11 +115,17 @@ def parse_flags(argv: list[str]) -> TrainConfig:
         text = f"{field[2]} ({f.type.__name__}, default {f.default!r})".replace("%", "%%")
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **kind)
     flags = vars(parser.parse_args(argv))
+    named = {"model": "tiny", "pos": "fope", "seed": 0} | flags
+    return flags | {"out": flags.get("out") or f"out/{named['model']}-{named['pos']}-s{named['seed']}"}
+
+
+def configure(flags: dict, checkpoint: dict | None = None) -> TrainConfig:
+    """A flag wins over the preset, and the preset over the default. In a resumed run, the checkpoint is the preset."""
     preset = flags.get("model", "tiny")
     if preset not in PRESETS:
         fail(f"model {preset!r} is unknown: use {', '.join(PRESETS)}")
-    cfg = TrainConfig(**PRESETS[preset] | RECIPES[preset] | flags)
-    cfg.out = cfg.out or f"out/{cfg.model}-{cfg.pos}-s{cfg.seed}"
+    saved = checkpoint["config"] if checkpoint else PRESETS[preset] | RECIPES[preset]
+    cfg = TrainConfig(**{f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved} | flags)
     for name, least in AT_LEAST.items():
         if not least <= getattr(cfg, name) < math.inf:
             fail(f"--{name} must be at least {least}")
@@ -127,6 +135,8 @@ def parse_flags(argv: list[str]) -> TrainConfig:
         fail(f"--eval_tokens must be at least --train_len, {cfg.train_len}")
     if cfg.compile not in ("auto", "on", "off"):
         fail(f"compile {cfg.compile!r} is unknown: use auto, on or off")
+    if cfg.optimizer not in ("adamw", "muon"):
+        fail(f"optimizer {cfg.optimizer!r} is unknown: use adamw or muon")
     return cfg
 
 
@@ -143,8 +153,9 @@ class Machine:
     """The device, the dtype, and this process among the others."""
 
     def __init__(self, cfg: TrainConfig):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        missing = [name for name in LAUNCHER if name not in os.environ]
+        if 0 < len(missing) < len(LAUNCHER):
+            fail(f"the environment has no {' and no '.join(missing)}: a launcher sets all of {', '.join(LAUNCHER)}")
         try:
             self.device, dtype, self.autocast = find_device(cfg.device, cfg.dtype)
         except ValueError as error:
@@ -158,8 +169,14 @@ class Machine:
                 self.compile, why = False, f"torch.compile does not work here: {one_line(error)}"
         if why and cfg.compile == "on":
             fail(why)
-        if "RANK" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo")
+        self.rank, self.world = 0, 1
+        if not missing:
+            try:
+                dist.init_process_group("nccl" if cuda else "gloo")
+            except (ValueError, RuntimeError) as error:
+                fail(f"the processes cannot find each other: {one_line(error)}")
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.main = self.rank == 0
         name = torch.cuda.get_device_name() if cuda else self.device.type
         self.peak = next((flops for card, flops in PEAK.items() if card in name and dtype == "bfloat16"), None)
         backend = f", {self.world} processes over {dist.get_backend()}" if dist.is_initialized() else ""
@@ -167,7 +184,7 @@ class Machine:
 
     def say(self, text: str) -> None:
         if self.main:
-            print(text, flush=True)
+            say(text)
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes. This is also how they agree to stop."""
@@ -275,8 +292,48 @@ def initial_weights(model: GPT, path: str) -> str:
     return f"weights from {path}" + (", missing position coefficients drawn anew" if drawn else "")
 
 
-def build_or_resume(cfg: TrainConfig, meta: dict, machine: Machine) -> tuple[GPT, torch.optim.Optimizer, int]:
-    """The model, its optimizer and the step to start from."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): each update of a matrix is its momentum, made orthogonal by five Newton-Schulz steps.
+
+    This is torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al., arXiv 2502.16982). The factor 0.2 sqrt(n)
+    gives the update the size of AdamW's, so that both take the same lr and weight decay. torch's products are always
+    bfloat16, which makes a tiny step 2.5 times slower on a CPU without it. Ours follow autocast.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                x = p.grad.lerp(momentum, 0.95)  # Nesterov
+                x = x.T if len(p) > len(p.T) else x  # the shorter side first: smaller products
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):  # takes every singular value to about 1
+                    gram = x @ x.T
+                    x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+                x = x.T if len(p) > len(p.T) else x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(x, alpha=0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
+def make_optimizers(model: GPT, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW. With --optimizer=muon, Muon takes the matrices in the blocks, and AdamW takes the rest."""
+    named = model.blocks.named_parameters() if cfg.optimizer == "muon" else []
+    matrices = [p for name, p in named if p.dim() == 2 and ".position." not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    fused = model.head.weight.device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW(rest, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=fused, **options)
+    return [adamw, Muon(matrices, **options)] if matrices else [adamw]
+
+
+def build_or_resume(cfg: TrainConfig, checkpoint, meta: dict, machine: Machine) -> tuple[GPT, list, int]:
+    """The model, its optimizers and the step to start from."""
     out = Path(cfg.out)
     if out.exists() and not cfg.resume:
         fail(f"{out} exists: --resume continues it, --out=NAME starts another run")
@@ -284,7 +341,6 @@ def build_or_resume(cfg: TrainConfig, meta: dict, machine: Machine) -> tuple[GPT
         fail(f"there is no {out} to resume: check --out")
     try:
         model = GPT(cfg)
-        checkpoint = load_checkpoint(out) if (out / "ckpt.pt").exists() else None
         if cfg.resume and not checkpoint:
             machine.say(f"{out} has no checkpoint yet: starting at step 0")
         if cfg.init_from and not checkpoint:
@@ -292,32 +348,35 @@ def build_or_resume(cfg: TrainConfig, meta: dict, machine: Machine) -> tuple[GPT
     except ValueError as error:
         fail(str(error))
     if checkpoint:
-        other = {k: v for k, v in checkpoint["config"].items() if k not in FREE and v != getattr(cfg, k, None)}
+        may = FREE.union(CHANGEABLE)
+        other = {k: v for k, v in checkpoint["config"].items() if k not in may and v != getattr(cfg, k, None)}
         if other:
             fail(f"{out} was trained with other settings: " + " ".join(f"--{k}={v}" for k, v in other.items()))
+        if cfg.steps < checkpoint["step"]:
+            fail(f"{out} has been trained for {checkpoint['step']} steps: --steps must be at least that")
         if checkpoint.get("data") != meta.get("train"):
             fail(f"{out} was trained on other data than {cfg.data}: use the same --data")
         model.load_state_dict(checkpoint["model"])
     model.to(machine.device)
     model.reserve(cfg.train_len)  # before torch.compile
-    options = dict(lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, weight_decay=cfg.weight_decay)
-    fused = machine.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(model.parameters(), **options, fused=fused)
+    optimizers = make_optimizers(model, cfg)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        states = checkpoint["optimizer"]  # an older version saved AdamW's alone
+        for optimizer, state in zip(optimizers, states if isinstance(states, list) else [states], strict=True):
+            optimizer.load_state_dict(state)
     start = checkpoint["step"] if checkpoint else 0
     first = machine.sum(float(start) if machine.main else 0.0)[0]
     if machine.sum(float(start != first))[0]:  # from here on, the main process may write
         fail(f"the machines do not see the same checkpoint in {out}: --out must be a folder that all of them share")
-    return model, optimizer, start
+    return model, optimizers, start
 
 
-def save(model: GPT, optimizer, step: int, cfg: TrainConfig, meta: dict, machine: Machine) -> None:
+def save(model: GPT, optimizers: list, step: int, cfg: TrainConfig, meta: dict, machine: Machine) -> None:
     """Replace the checkpoint as a whole. If that fails, every process stops at this step."""
     error = None
     if machine.main:
         facts = {"step": step, "config": asdict(cfg), "tokenizer": meta["tokenizer"], "data": meta.get("train")}
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"model": model.state_dict(), "optimizer": [optimizer.state_dict() for optimizer in optimizers]}
         try:
             replace_file(Path(cfg.out) / "ckpt.pt", lambda f: torch.save(facts | state, f))
         except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
@@ -330,12 +389,14 @@ class Log:
     """log.jsonl, and Weights & Biases with --wandb. Only the main process writes.
 
     The file is locked. Lines past `step` are cut off, since the run will write them again. A line that a full disk
-    cannot take waits for the next one. `error` says what went wrong.
+    cannot take waits for the next one. `error` says what went wrong. A run that fails before its first line leaves no
+    folder behind, so that the same command can start again.
     """
 
     def __init__(self, cfg: TrainConfig, step: int, machine: Machine):
         self.path, self.waiting, self.error = Path(cfg.out) / "log.jsonl", bytearray(), ""
         self.file = self.wandb = None
+        self.new = not self.path.parent.exists()
         if not machine.main:
             return
         if cfg.wandb:
@@ -352,6 +413,18 @@ class Log:
             fail(f"{cfg.out} cannot be written: {error}")
         if cfg.wandb:
             self.wandb = wandb.init(project="fope", name=Path(cfg.out).name, config=asdict(cfg))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failed, *_) -> None:
+        if self.wandb:
+            self.wandb.finish()
+        if self.file:
+            self.file.close()
+            if failed and self.new and not self.path.stat().st_size:
+                self.path.unlink()
+                self.path.parent.rmdir()
 
     def write(self, step: int, **values) -> None:
         if self.wandb:
@@ -399,16 +472,24 @@ def ask_to_stop(number, frame) -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def train(cfg: TrainConfig) -> bool:
+def on_stop(handler) -> dict:
+    """Calls `handler` at Ctrl-C and at what schedulers send before they kill. Returns the handlers from before.
+
+    A signal that is ignored when the program starts stays so: nohup ignores SIGHUP, a shell script's `&` Ctrl-C.
+    """
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # Windows has two
+    return {n: signal.signal(n, handler) for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
+
+
+def train(cfg: TrainConfig, checkpoint: dict | None = None) -> bool:
     """The whole run up to its last checkpoint. False if a signal asked it to stop."""
     stop_signals.clear()
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = on_stop(ask_to_stop)
     # Everything that can be wrong with the input is found before anything is written.
     machine = Machine(cfg)
     tokens, val_tokens, meta = load_data(cfg, machine)
     share, micro = split_batch(cfg, machine)
-    raw, optimizer, start = build_or_resume(cfg, meta, machine)
-    log = Log(cfg, start, machine)
+    raw, optimizers, start = build_or_resume(cfg, checkpoint, meta, machine)
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -420,58 +501,66 @@ def train(cfg: TrainConfig) -> bool:
         f"to {cfg.out}" + (f", from step {start}" if start else "")
     )
 
-    upcoming = micro_batches(tokens, start, cfg, machine)
-    done, logged_at, logged_step = start, time.perf_counter(), start
-    for done in range(start + 1, cfg.steps + 1):
-        # ------------------------------------------------------------------------------------------------- batch, step
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done - 1, cfg)
-        loss = torch.zeros((), device=machine.device)
-        for i, (x, y) in enumerate(upcoming):
-            last = i == len(upcoming) - 1
-            with nullcontext() if last or machine.world == 1 else model.no_sync():  # one all-reduce per step
-                with machine.autocast():
-                    micro_loss = model(x, y) / len(upcoming)
-                micro_loss.backward()
-            loss += micro_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.clip)
-        upcoming = micro_batches(tokens, done, cfg, machine)  # the next ones, while the accelerator works
-        loss, stop = machine.sum(loss.item(), float(bool(stop_signals or log.error)))
-        loss, norm = loss / machine.world, norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            fail(f"loss {loss}, gradient norm {norm} at step {done}: the last checkpoint is from before")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        stopping = stop > 0 or done == cfg.steps
+    changed = {k: getattr(cfg, k) for k in CHANGEABLE if start and checkpoint["config"][k] != getattr(cfg, k)}
+    if changed:
+        machine.say("changed from here on: " + " ".join(f"--{k}={v}" for k, v in changed.items()))
+    with Log(cfg, start, machine) as log:
+        if changed:
+            log.write(step=start, changed=changed)
+        upcoming = micro_batches(tokens, start, cfg, machine)
+        done, logged_at, logged_step = start, time.perf_counter(), start
+        for done in range(start + 1, cfg.steps + 1):
+            # --------------------------------------------------------------------------------------------- batch, step
+            rate = learning_rate(done - 1, cfg)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = rate
+            loss = torch.zeros((), device=machine.device)
+            for i, (x, y) in enumerate(upcoming):
+                last = i == len(upcoming) - 1
+                with nullcontext() if last or machine.world == 1 else model.no_sync():  # one all-reduce per step
+                    with machine.autocast():
+                        micro_loss = model(x, y) / len(upcoming)
+                    micro_loss.backward()
+                loss += micro_loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.clip)
+            upcoming = micro_batches(tokens, done, cfg, machine)  # the next ones, while the accelerator works
+            loss, stop = machine.sum(loss.item(), float(bool(stop_signals or log.error)))
+            loss, norm = loss / machine.world, norm.item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                fail(f"loss {loss}, gradient norm {norm} at step {done}: the last checkpoint is from before")
+            with machine.autocast():  # for Muon's products
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            stopping = stop > 0 or done == cfg.steps
 
-        # --------------------------------------------------------------------------------------------------------- log
-        if done % cfg.log_every == 0 or done == start + 1 or stopping:
-            now, speed, mfu = time.perf_counter(), None, None
-            if done > start + 1:  # the first step compiles
-                speed = round((done - logged_step) * cfg.batch_tokens / (now - logged_at))
-                mfu = machine.peak and 6 * raw.n_params() * speed / (machine.world * machine.peak)
-            rate = optimizer.param_groups[0]["lr"]
-            if done % cfg.log_every == 0 or done in (1, cfg.steps):  # the same lines, whether it was stopped or not
-                log.write(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
-            text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
-            if speed:
-                left = timedelta(seconds=round((cfg.steps - done) * cfg.batch_tokens / speed))
-                text += f"  {speed:,} tokens/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  {left} left"
-            machine.say(text)
-            logged_at, logged_step = time.perf_counter(), done
+            # ----------------------------------------------------------------------------------------------------- log
+            if done % cfg.log_every == 0 or done == start + 1 or stopping:
+                now, speed, mfu = time.perf_counter(), None, None
+                if done > start + 1:  # the first step compiles
+                    speed = round((done - logged_step) * cfg.batch_tokens / (now - logged_at))
+                    mfu = machine.peak and 6 * raw.n_params() * speed / (machine.world * machine.peak)
+                if done % cfg.log_every == 0 or done in (1, cfg.steps):  # the same lines, whether it was stopped or not
+                    log.write(step=done, loss=loss, lr=rate, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
+                text = f"step {done}/{cfg.steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.2f}"
+                if speed:
+                    left = timedelta(seconds=round((cfg.steps - done) * cfg.batch_tokens / speed))
+                    text += f"  {speed:,} tokens/s" + (f"  mfu {mfu:.1%}" if mfu else "") + f"  {left} left"
+                machine.say(text)
+                logged_at, logged_step = time.perf_counter(), done
 
-        # ---------------------------------------------------------------------------------------------------- validate
-        if done % cfg.eval_every == 0 or done == cfg.steps:
-            val_loss = validate(raw, val_tokens, cfg, machine)
-            log.write(step=done, val_loss=val_loss)
-            machine.say(f"step {done}/{cfg.steps}  validation loss {val_loss:.4f}")
-            logged_at, logged_step = time.perf_counter(), done
+            # ------------------------------------------------------------------------------------------------ validate
+            if done % cfg.eval_every == 0 or done == cfg.steps:
+                val_loss = validate(raw, val_tokens, cfg, machine)
+                log.write(step=done, val_loss=val_loss)
+                machine.say(f"step {done}/{cfg.steps}  validation loss {val_loss:.4f}")
+                logged_at, logged_step = time.perf_counter(), done
 
-        # -------------------------------------------------------------------------------------------------------- save
-        if done % cfg.save_every == 0 or stopping:
-            save(raw, optimizer, done, cfg, meta, machine)
-        if stopping:
-            break
+            # ---------------------------------------------------------------------------------------------------- save
+            if done % cfg.save_every == 0 or stopping:
+                save(raw, optimizers, done, cfg, meta, machine)
+            if stopping:
+                break
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -481,16 +570,29 @@ def train(cfg: TrainConfig) -> bool:
         dist.destroy_process_group()
     if done < cfg.steps:
         machine.say(f"stopped and saved at step {done}: --resume continues")
-    if log.wandb:
-        log.wandb.finish()
     if log.error:
         fail(log.error)
     return done == cfg.steps and not stop_signals
 
 
 def main() -> None:
-    cfg = parse_flags(sys.argv[1:])
-    finished = train(cfg)
+    flags = parse_flags(sys.argv[1:])
+    checkpoint, file = None, Path(flags["out"]) / "ckpt.pt"
+    if flags.get("resume") and file.exists():
+        try:
+            checkpoint = load_checkpoint(file)
+        except ValueError as error:
+            fail(str(error))
+    cfg = configure(flags, checkpoint)
+    try:
+        import torch._dynamo  # eager training needs it too, and it makes torch.compile's cache folder
+    except OSError as error:
+        fail(f"PyTorch cannot make its cache folder ({error}): set TORCHINDUCTOR_CACHE_DIR to another one")
+    try:
+        finished = train(cfg, checkpoint)
+    except (OSError, torch._dynamo.exc.TorchDynamoException) as error:  # such as a cache folder whose disk is full
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the default one")
+        fail(f"{one_line(error)}. If this is torch.compile's cache folder, {cache}, free it or use --compile=off")
     if os.environ.get("RANK", "0") == "0":
         plot.loss_figure([Path(cfg.out) / "log.jsonl"], Path(cfg.out) / "loss.png")
         if finished and cfg.eval_trials:
@@ -498,7 +600,6 @@ def main() -> None:
             eval_passkey.main([cfg.out, *options])
     if "RANK" in os.environ:
         # DDP never releases its process group. gloo's threads outlive it, and sometimes abort the process at its end.
-        sys.stdout.flush()
         os._exit(0)
 
 

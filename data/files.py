@@ -1,4 +1,4 @@
-"""What the commands share: the one-line error, the atomic file write, the lock."""
+"""What the commands share: printing, the one-line error, the atomic file write, the lock."""
 
 import os
 import sys
@@ -10,10 +10,25 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets in each process
+
+
+def say(text: str, file=None) -> None:
+    """Print. No output ends the program: not a closed pipe, a full disk, or a terminal that lacks a character."""
+    file = file or sys.stdout
+    try:
+        try:
+            print(text, file=file, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode(file.encoding, "replace").decode(file.encoding), file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still in the buffer goes there too
+
+
 def fail(message: str):
     """End the command on bad input: one line on stderr, exit status 2. Only the first process of a machine prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or any(name not in os.environ for name in LAUNCHER):
+        say(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", sys.stderr)
     raise SystemExit(2)
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python data/prepare.py`
 
-from data.files import fail, lock, replace_file
+from data.files import fail, lock, replace_file, say
 from data.passkey import drill, passkey_document
 from data.read import BLOCK, FORMATS, VAL_SHARE, Source, held_out, import_parquet, local_sources, pieces
 from data.tokenizer import get_tokenizer
@@ -203,7 +203,7 @@ def write_parts(work: Path, corpus: str, commit: str | None, sources: list, toke
             if n_train == limit:
                 break
     if limit and n_train < limit:
-        print(f"this is all there is: fewer than the {limit:,} training tokens asked for")
+        say(f"this is all there is: fewer than the {limit:,} training tokens asked for")
     return parts
 
 
@@ -314,7 +314,7 @@ def nanogpt_facts(folder: Path, path: Path) -> dict:
         example = '{"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint32"}'
         fail(f"{folder} has no meta.json, and {why}: say what it is in {folder}/meta.json, for example {example}")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{folder} has no meta.json: {path.name} is read as nanoGPT's, GPT-2 tokens in uint16")
+        say(f"{folder} has no meta.json: {path.name} is read as nanoGPT's, GPT-2 tokens in uint16")
     return {"tokenizer": "gpt2", "vocab_size": 50_257, "dtype": "uint16"}
 
 
@@ -374,12 +374,12 @@ def main(argv: list[str]) -> None:
     try:
         meta = builtin(out) if name == "builtin" else large(out, name, args)
     except KeyboardInterrupt:
-        print("\nstopped: the same command resumes")
+        say("\nstopped: the same command resumes")
         raise SystemExit(130) from None
     if "records" in meta:
-        print(f"records: {', '.join(f'{n:,} {kind}' for kind, n in meta['records'].items())}")
+        say(f"records: {', '.join(f'{n:,} {kind}' for kind, n in meta['records'].items())}")
     for split in ("train", "val"):
-        print(f"{out}/{split}.bin: {meta[split]['tokens']:,} tokens, sha256 {meta[split]['sha256']}")
+        say(f"{out}/{split}.bin: {meta[split]['tokens']:,} tokens, sha256 {meta[split]['sha256']}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.files import fail
+from data.files import fail, say
 
 FORMATS = ".txt, .jsonl, .ndjson or .json (one record per line), each of them also as .gz, and .parquet"
 TRAIN, VALIDATION = {"train", "training"}, {"validation", "valid", "val", "dev"}
@@ -59,7 +59,7 @@ def folder_sources(folder: Path) -> list[Source]:
         fail(f"{folder} has no file to train on: give a folder that has some of {FORMATS}")
     unused = [path for path in paths if path not in train + val]
     for what, some in (("training", train), ("validation", val), ("not used", unused)):
-        print(f"{what}: {', '.join(map(str, some)) or 'no file'}")
+        say(f"{what}: {', '.join(map(str, some)) or 'no file'}")
     sources = [Source(str(path), str(folder / path), "val") for path in val]
     return sources + [Source(str(path), str(folder / path), "train" if val else None) for path in train]
 

@@ -11,7 +11,6 @@ Results are in paper/results/SCALE/RUN-sSEED.json. Table and figure, EXPERIMENT.
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,10 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import plot
-from data.files import fail, replace_file
+from data.files import fail, replace_file, say
 from data.prepare import builtin
 from eval_passkey import numbers
-from train import TrainConfig, parse_flags
+from train import TrainConfig, configure, on_stop, parse_flags
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The grid
@@ -89,7 +88,7 @@ def runs_of(experiment: str, scale: str) -> list[str]:
 
 def commands(run: str, seed: int, scale: str, trials: int) -> dict[str, str]:
     """The commands of a run in their order, and the folder that each works in."""
-    flags = flags_of_runs(parse_flags(SCALES[scale].split()))
+    flags = flags_of_runs(configure(parse_flags(SCALES[scale].split())))
     gpus = max(torch.cuda.device_count(), 1)
     python = "python" if scale in MINIATURES else f"torchrun --standalone --nproc_per_node={gpus}"
     books, start, lines = run.startswith("books-"), run.split("-then-")[0], {}
@@ -113,12 +112,12 @@ def done(out: str, line: str) -> bool:
     """Checks a command that ended with status 0. Copies the result of an evaluation to paper/results."""
     if "train.py" in line:  # a training that a signal stopped has status 0 too
         last = json.loads((ROOT / out / "log.jsonl").read_text().splitlines()[-1])
-        return last["step"] == parse_flags(line.split("train.py ")[1].split()).steps
+        return last["step"] == configure(parse_flags(line.split("train.py ")[1].split())).steps
     result = (ROOT / out / ("eval-on-c4.json" if "--data=" in line else "eval.json")).read_bytes()
     kept = ROOT / f"paper/results/{out.removeprefix('out/')}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     replace_file(kept, lambda file: file.write(result))
-    print(f"done: {kept}", flush=True)
+    say(f"done: {kept}")
     return True
 
 
@@ -129,7 +128,7 @@ def worker(jobs, environment: dict[str, str], failed: list[str]):
     """
     for job in jobs:
         for line, out in job.items():
-            print(*(f"{name}={value}" for name, value in environment.items()), line, flush=True)
+            say(" ".join([*(f"{name}={value}" for name, value in environment.items()), line]))
             program, *words = line.split()
             words = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
             log = ROOT / f"{out}.log"
@@ -140,7 +139,7 @@ def worker(jobs, environment: dict[str, str], failed: list[str]):
                 process = subprocess.Popen(words, start_new_session=True, **options)
             yield process
             if process.returncode or not done(out, line):
-                print(f"{out} is not finished, status {process.returncode}: see {log}", file=sys.stderr, flush=True)
+                say(f"{out} is not finished, status {process.returncode}: see {log}", sys.stderr)
                 failed.append(out)
                 break
 
@@ -148,8 +147,7 @@ def worker(jobs, environment: dict[str, str], failed: list[str]):
 def carry_out(workers: list) -> None:
     """Runs the workers side by side until all jobs are done, or a signal asks to stop."""
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    on_stop(lambda number, frame: signals.append(number))
     processes = [next(worker, None) for worker in workers]
     while any(processes) and not signals:
         time.sleep(0.2)
@@ -180,7 +178,7 @@ def report(experiment: str, scale: str) -> None:
         fail(str(error))
     (folder / f"{experiment}.md").write_text(text + "\n")
     drawn = plot.figure(found, folder / f"{experiment}.png", title, **VARIED.get(experiment, {}))
-    print(f"\n{text}\n\nwritten: {folder}/{experiment}.md{' and .png' if drawn else ''}")
+    say(f"\n{text}\n\nwritten: {folder}/{experiment}.md{' and .png' if drawn else ''}")
 
 
 def main(argv: list[str]) -> None:
@@ -213,7 +211,7 @@ def main(argv: list[str]) -> None:
                 job = jobs.setdefault((run.split("-then-")[0], seed), {})
                 job.update(commands(run, seed, args.scale, trials))
     if args.dry_run:
-        print("\n".join(line for job in jobs.values() for line in job))
+        say("\n".join(line for job in jobs.values() for line in job))
         return
     if jobs and miniature and not (ROOT / "data/builtin").exists():
         builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it

@@ -30,7 +30,7 @@ def lines(run, scale="60M"):
 
 
 def config(line):
-    return train.parse_flags(line.split("train.py ")[1].split())
+    return train.configure(train.parse_flags(line.split("train.py ")[1].split()))
 
 
 @pytest.mark.parametrize("scale", ["tiny", "60M"])

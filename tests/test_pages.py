@@ -31,7 +31,7 @@ def test_commands_of_the_pages_are_valid(command):
     if words[0] == "pip":
         assert all((ROOT / word).is_file() for word in words if word.endswith(".txt"))
     elif "train.py" in words:
-        train.parse_flags(words[words.index("train.py") + 1 :])
+        train.configure(train.parse_flags(words[words.index("train.py") + 1 :]))
     elif words[1] == "eval_passkey.py":
         eval_passkey.parse(words[2:])
     elif words[1] == "-m":

@@ -8,11 +8,12 @@ import re
 import shutil
 import sys
 from functools import partial
-from signal import SIGINT, SIGKILL, SIGTERM
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1, signal
 
 import numpy as np
 import pytest
 import torch
+from chaos import chaos
 from stops import ROOT, before, free_port, half_then_kill, leave_room, run, start
 
 import train
@@ -42,6 +43,10 @@ def data(tmp_path_factory):
 
 def flags(data, out, *more):
     return [*FLAGS, f"--data={data}", f"--out={out}", *more]
+
+
+def configure(argv):
+    return train.configure(train.parse_flags(argv))
 
 
 at_step = partial(before, "train.learning_rate")  # its n-th call begins step n of a run
@@ -75,6 +80,17 @@ def ours(stderr):
     return [line for line in stderr.splitlines() if line.startswith("train.py: ") or "Error" in line]
 
 
+def set_environment(variables):
+    os.environ.update(variables)
+
+
+def lose_cache(*args):
+    """As if the disk that holds torch.compile's cache went away."""
+    folder = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    shutil.rmtree(folder)
+    open(folder, "w").close()
+
+
 def print_sequences(tokens, sequences, *args):
     if len(tokens) == SEQUENCES * N + 1:  # not those of the validation
         print(f"rank {os.environ.get('RANK', 0)} takes {sequences.tolist()}", flush=True)
@@ -102,7 +118,7 @@ def reference(data, tmp_path_factory):
 
 
 def test_flags_win_over_the_preset_and_the_preset_over_the_default():
-    cfg = train.parse_flags(["--model=60M", "--lr", "1e-3", "--clip_floor=false", "--resume"])
+    cfg = configure(["--model=60M", "--lr", "1e-3", "--clip_floor=false", "--resume"])
     assert (cfg.n_embd, cfg.batch_tokens, cfg.data) == (512, 524_288, "data/c4")
     assert (cfg.lr, cfg.clip_floor, cfg.fourier_series, cfg.resume) == (1e-3, False, True, True)
     assert cfg.out == "out/60M-fope-s0"
@@ -123,7 +139,7 @@ def test_each_epoch_is_a_permutation_of_its_own():
 
 
 def test_learning_rate_is_linear_then_a_cosine_to_a_tenth():
-    cfg = train.parse_flags(["--lr=3e-3", "--warmup=20", "--steps=200"])
+    cfg = configure(["--lr=3e-3", "--warmup=20", "--steps=200"])
     rates = [train.learning_rate(step, cfg) for step in range(201)]
     assert rates[:20] == pytest.approx([3e-3 * (step + 1) / 20 for step in range(20)])
     assert rates[20:] == pytest.approx([3e-4 + 2.7e-3 * (0.5 + 0.5 * math.cos(math.pi * i / 180)) for i in range(181)])
@@ -131,13 +147,14 @@ def test_learning_rate_is_linear_then_a_cosine_to_a_tenth():
 
 def fresh(argv):
     """The model that train.py begins with."""
-    cfg = train.parse_flags(argv)
+    cfg = configure(argv)
     cfg.vocab_size = 320  # 257 padded to a multiple of 64
     return GPT(cfg)
 
 
 def test_three_steps_are_clipped_adamw_with_decay_on_every_parameter(data, tmp_path):
     argv = flags(data, tmp_path / "out", "--steps=3", "--micro_tokens=256", "--beta2=0.8", "--lr=3e-3")
+    argv.append("--optimizer=adamw")
     assert run(argv).returncode == 0
     model, tokens = fresh(argv), np.fromfile(data / "train.bin", dtype=np.uint16).astype(np.int64)
     mean, square = ({name: 0.0 for name, _ in model.named_parameters()} for _ in range(2))
@@ -159,6 +176,33 @@ def test_three_steps_are_clipped_adamw_with_decay_on_every_parameter(data, tmp_p
     saved = checkpoint(tmp_path / "out")["model"]
     for name, p in model.named_parameters():
         torch.testing.assert_close(saved[name], p.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_takes_the_steps_of_torchs(shape):
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(shape, generator=generator) for _ in range(4))
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    options = dict(lr=0.01, weight_decay=0.1)
+    muon = train.Muon([ours], **options)
+    torchs = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)  # its products are bfloat16
+    for grad in grads:
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        muon.step()
+        torchs.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+
+
+@pytest.mark.parametrize("pos", ["fope", "fire"])
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(pos):
+    argv = [*FLAGS, f"--pos={pos}"]
+    model, cfg = fresh(argv), configure(argv)
+    names = {id(p): name.split(".", 2)[-1] for name, p in model.named_parameters()}
+    adamw, muon = (
+        {names[id(p)] for p in optimizer.param_groups[0]["params"]} for optimizer in train.make_optimizers(model, cfg)
+    )
+    assert muon == {"attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"}
+    assert adamw == set(names.values()) - muon
 
 
 def test_log_has_every_step_and_what_was_promised(reference):
@@ -199,6 +243,18 @@ def test_without_wandb_one_line_names_the_package(data, tmp_path):
 # Killed and stopped: the continuation must be the run that was never stopped. Checkpoints fall on steps 8, 16 and 20.
 
 
+def close_pipe(*args):
+    """From now on, stdout is a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+
+
+def fill_disk(*args):
+    """From now on, stdout is on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 NO_CHECKPOINT, HALF_LINE, ENOUGH = (partial(leave_room, size) for size in (20_000, 20, 10**9))
 STOPS = {  # name: patches, exit status, step of the checkpoint that is left, what the last line says
     "before the first checkpoint": ([at_step(6, SIGKILL)], -SIGKILL, None, ""),
@@ -212,6 +268,12 @@ STOPS = {  # name: patches, exit status, step of the checkpoint that is left, wh
     "by SIGTERM": ([at_step(6, SIGTERM)], 0, 6, "step 6: --resume continues"),
     "by SIGTERM, again while it saves": ([at_step(6, SIGTERM), before("torch.save", 1, SIGTERM)], 0, 6, "step 6:"),
     "by Ctrl-C": ([at_step(14, SIGINT)], 0, 14, "step 14: --resume continues"),
+    "by SIGUSR1": ([at_step(6, SIGUSR1)], 0, 6, "step 6: --resume continues"),
+    "by SIGHUP": ([at_step(6, SIGHUP)], 0, 6, "step 6: --resume continues"),
+    "by Ctrl-C, which ends a tee too": ([at_step(6, close_pipe), at_step(8, SIGINT)], 0, 8, "step 5/20"),
+    "not by SIGHUP under nohup": ([partial(signal, SIGHUP, SIG_IGN), at_step(6, SIGHUP)], 0, 20, "validation loss"),
+    "not by a closed pipe": ([at_step(6, close_pipe)], 0, 20, "step 5/20"),
+    "not by output to a full disk": ([at_step(6, fill_disk)], 0, 20, "step 5/20"),
     "by a disk too full for a checkpoint": ([at_line(12, NO_CHECKPOINT)], 2, 8, "step 16 could not be written"),
     "by a disk too full for a log line": ([at_line(12, HALF_LINE)], 2, 8, "step 12 could not be written"),
     "by a disk too full for a moment": ([at_line(12, HALF_LINE), at_line(13, ENOUGH)], 2, 12, "log.jsonl could not"),
@@ -241,6 +303,46 @@ def test_a_run_killed_twice_resumes_bit_for_bit(data, reference, tmp_path):
     assert checkpoint(tmp_path / "out")["step"] == 16
     assert run([*argv, "--resume"]).returncode == 0
     assert_same_run(tmp_path / "out", reference[1][0])
+
+
+def test_three_random_stops_change_nothing(data, tmp_path):
+    argv = flags(data, tmp_path / "out", "--steps=150", "--save_every=25")
+    chaos(tmp_path, argv, rounds=3, seed=0)
+
+
+def test_a_resumed_run_takes_the_flags_that_are_not_given_from_its_checkpoint(data, reference, tmp_path):
+    assert run(flags(data, tmp_path / "out"), at_step(14, SIGTERM)).returncode == 0
+    end = run(["--resume", f"--out={tmp_path / 'out'}"])
+    assert end.returncode == 0, end.stderr
+    assert_same_run(tmp_path / "out", reference[1][0])
+
+
+def test_a_finished_run_can_be_made_longer(data, reference, tmp_path):
+    shutil.copytree(reference[1][0], tmp_path / "out")
+    end = run(["--resume", f"--out={tmp_path / 'out'}", "--steps=25", "--lr=1e-3"])
+    assert end.returncode == 0, end.stderr
+    assert "changed from here on: --steps=25 --lr=0.001\n" in end.stdout
+    assert logged(tmp_path / "out", "changed") == [{"steps": 25, "lr": 1e-3}]
+    cfg = configure(["--steps=25", "--lr=1e-3", "--warmup=0"])
+    rates = [line["lr"] for line in log(tmp_path / "out") if line["step"] > 20 and "loss" in line]
+    assert rates == [train.learning_rate(step, cfg) for step in range(20, 25)]
+    assert checkpoint(tmp_path / "out")["step"] == 25
+
+
+def test_a_checkpoint_with_adamw_alone_resumes(data, tmp_path):
+    """Older versions saved one optimizer instead of a list of them, and no flag --optimizer."""
+    argv = flags(data, tmp_path / "old", "--optimizer=adamw", "--steps=10")
+    assert run(argv).returncode == 0
+    old = checkpoint(tmp_path / "old")
+    old["optimizer"] = old["optimizer"][0]
+    del old["config"]["optimizer"]
+    (tmp_path / "new").mkdir()
+    torch.save(old, tmp_path / "new" / "ckpt.pt")
+    (tmp_path / "new" / "log.jsonl").write_bytes((tmp_path / "old" / "log.jsonl").read_bytes())
+    for name in ("old", "new"):
+        end = run(["--resume", f"--out={tmp_path / name}", "--steps=12"])
+        assert end.returncode == 0, end.stderr
+    assert_same_run(tmp_path / "new", tmp_path / "old")
 
 
 def test_the_log_has_the_same_steps_stopped_or_not(data, tmp_path):
@@ -343,6 +445,23 @@ def test_two_processes_say_once_what_is_wrong(data, reference, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+HALF = {  # a launcher's environment of which a part is missing, and what the line must contain
+    "no rank": (dict(WORLD_SIZE="2"), "no RANK and no LOCAL_RANK and no MASTER_ADDR"),
+    "no address": (dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="1"), "no MASTER_ADDR: a launcher sets"),
+    "only a local rank": (dict(LOCAL_RANK="1"), "no RANK and no WORLD_SIZE"),
+    "no number": (dict(RANK="a", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1"), "'a'"),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_of_a_launchers_environment_is_one_line(data, tmp_path, name):
+    environment, expected = HALF[name]
+    end = run(flags(data, tmp_path / "out"), partial(set_environment, environment))
+    (line,) = end.stderr.splitlines()
+    assert end.returncode == 2 and expected in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_torchrun_sigterm_saves_at_an_agreed_step(data, tmp_path):
     argv = flags(data, tmp_path / "out", "--steps=100000", "--save_every=100000")
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *argv)
@@ -389,6 +508,24 @@ def test_no_compiler_is_bad_input_to_compile_on(data, tmp_path):
     end = run(flags(data, tmp_path / "out", "--compile=on"), before("torch.compile", 1, OSError()))
     assert (end.returncode, end.stderr) == (2, "train.py: torch.compile does not work here: OSError\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_line(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = start(ROOT / "train.py", *flags(data, tmp_path / "out"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
+    _, stderr = process.communicate(timeout=200)
+    (line,) = stderr.splitlines()
+    assert process.returncode == 2 and str(tmp_path / "file") in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compiler_that_fails_in_the_first_step_leaves_no_folder(data, tmp_path):
+    argv, cache = flags(data, tmp_path / "out", "--compile=on"), dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    end = run(argv, before("train.Log.__enter__", 1, lose_cache), partial(set_environment, cache))
+    (line,) = end.stderr.splitlines()
+    assert end.returncode == 2 and "--compile=off" in line and str(tmp_path / "cache") in line
+    assert not (tmp_path / "out").exists()
+    assert run([*argv[:-1], "--compile=off"]).returncode == 0
 
 
 INIT = {  # flags of the run that the weights come from, flags of the one that takes them, whether any are drawn anew
@@ -468,6 +605,8 @@ BAD = {  # flags, and what the line must contain
     "resume a folder that is not there": ("--out={d}/nowhere --resume", "no {d}/nowhere to resume"),
     "resume half a checkpoint": ("--out={d}/cut --resume", "not a whole checkpoint"),
     "resume with other data": ("--out={d}/run --resume --data={d}/other", "other data"),
+    "resume with fewer steps": ("--out={d}/run --resume --steps=5", "trained for 20 steps"),
+    "unknown optimizer": ("--optimizer=sgd", "adamw or muon"),
     "resume with another seed": ("--out={d}/run --resume --seed=1", "--seed=0"),
 }
 

@@ -4,6 +4,7 @@
     python eval_passkey.py out/60M-fope-s0 --trials=1000
     python eval_passkey.py out/books-s0 --data=data/c4       other text than it was trained on (the paper's Figure 5)
     python eval_passkey.py out/tiny-*/ --behind_text         prompts of the training length behind validation text
+    python eval_passkey.py out/tiny-*/ --logn=0,2            q times (log n / log N)^2 beyond N too: eval-logn2.json
 
 Passkey: a prompt of exactly L tokens, answer included, hides a five-digit key at a uniformly drawn depth. A trial is
 right if greedy decoding yields the answer. One forward pass over prompt and answer decides that: greedy decoding yields
@@ -137,8 +138,8 @@ def check_destination(file: Path, result: dict) -> None:
         raise ValueError(f"{file} holds a larger evaluation: use {' '.join(flags)}, or move it elsewhere first")
 
 
-def plan(path: Path, args, lengths: list[int] | None, dtype: str) -> tuple[dict, list[np.ndarray], object]:
-    """The result of a checkpoint without its measurements, the texts for the perplexity, the tokenizer.
+def plan(path: Path, args, lengths: list[int] | None, dtype: str) -> tuple[list[dict], list[np.ndarray], object]:
+    """The results of a checkpoint, one for each p of --logn, without measurements; its texts; its tokenizer.
 
     The texts are the validation tokens and, with --data, those of the training data. Raises ValueError, OSError.
     """
@@ -159,30 +160,38 @@ def plan(path: Path, args, lengths: list[int] | None, dtype: str) -> tuple[dict,
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     run, dash, seed = folder.name.rpartition("-s")
     run, seed = (run, dash + seed) if seed.isdigit() else (folder.name, "")
-    result = {
-        "name": run + args.stem.removeprefix("eval") + seed,  # NAME-yarn4-s0 is another model than NAME-s0
-        "file": str(folder / f"{args.stem}.json"),
-        "train_len": N, "step": checkpoint["step"], "config": config, "data": meta.get("source", str(data)),
-        "behind_text": args.behind_text, "scaling": args.scaling, "scale": args.scale,
-        "lengths": lengths, "trials": args.trials, "eval_tokens": len(val) - 1, "seed": args.seed,
-        "dtype": dtype, "torch": torch.__version__,
-        "perplexity": [], "perplexity_ratio": [], "passkey": [], "by_depth": [],
-    }  # fmt: skip
-    check_destination(Path(result["file"]), result)
-    return result, texts, tokenizer
+    results = []
+    for p in args.logn or [model.cfg.logn]:
+        stem = args.stem + (f"-logn{p:g}" if p else "")
+        results.append({
+            "name": run + stem.removeprefix("eval") + seed,  # NAME-yarn4-s0 is another model than NAME-s0
+            "file": str(folder / f"{stem}.json"),
+            "train_len": N, "step": checkpoint["step"], "config": config, "data": meta.get("source", str(data)),
+            "behind_text": args.behind_text, "scaling": args.scaling, "scale": args.scale, "logn": p,
+            "lengths": lengths, "trials": args.trials, "eval_tokens": len(val) - 1, "seed": args.seed,
+            "dtype": dtype, "torch": torch.__version__,
+            "perplexity": [], "perplexity_ratio": [], "passkey": [], "by_depth": [],
+        })  # fmt: skip
+        check_destination(Path(results[-1]["file"]), results[-1])
+    return results, texts, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def measure(path: Path, result: dict, texts: list[np.ndarray], tokenizer, args, device, autocast) -> None:
-    """Fill in the result's measurements. Each length is printed as soon as it is measured."""
+def measure(path: Path, results: list[dict], texts: list[np.ndarray], tokenizer, args, device, autocast) -> None:
+    """Fill in the measurements of a checkpoint's results. Each length is printed as soon as it is measured."""
     start = time.time()
     model, _ = load_model(path)
     scale_frequencies(model, args.scaling, args.scale)
     model.to(device)
-    for length in result["lengths"]:
+    for length, result in [(length, result) for length in results[0]["lengths"] for result in results]:
+        if length <= result["train_len"] and result is not results[0]:  # log n acts beyond N only
+            for name in ("passkey", "by_depth", "perplexity", "perplexity_ratio"):
+                result[name] += results[0][name][-1:]
+            continue
+        model.cfg.logn = result["logn"]
         before = texts[0][: max(length - result["train_len"], 0)] if args.behind_text else ()
         documents, answers, depths = passkey_trials(tokenizer, length, args.trials, args.seed, before)
         right = passkey_right(model, documents, answers, args.batch_tokens, autocast)
@@ -197,16 +206,17 @@ def measure(path: Path, result: dict, texts: list[np.ndarray], tokenizer, args, 
             line += f" ({perplexities[0] / perplexities[1]:.3f} times that on {result['config']['data']})"
         low, high = plot.wilson(int(right.sum()), args.trials)
         say(f"{line}, passkey {right.mean():.2f} [{low:.2f}, {high:.2f}]")
-    result["minutes"] = round((time.time() - start) / 60, 2)
+    for result in results:
+        result["minutes"] = round((time.time() - start) / 60, 2)
 
 
-def numbers(flag: str, text: str, at_least: int) -> list[int]:
+def numbers(flag: str, text: str, at_least: int, kind=int) -> list:
     """The numbers in a flag like --lengths=512,1024, each once."""
     try:
-        found = list(dict.fromkeys(int(x) for x in text.split(",")))
+        found = list(dict.fromkeys(kind(x) for x in text.split(",")))
     except ValueError:
         found = []
-    if min(found, default=at_least - 1) < at_least:
+    if not found or not all(at_least <= x < math.inf for x in found):
         fail(f"{flag} {text} is not a list of numbers of at least {at_least}, like 1,2")
     return found
 
@@ -222,6 +232,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     scalings = ("none", "linear", "yarn", "llama3")
     add("--scaling", default="none", choices=scalings, help="scale the frequencies of RoPE or FoPE (default: none)")
     add("--scale", type=float, default=16.0, help="factor of --scaling (default: 16)")
+    add("--logn", help="comma-separated: p of (log n / log N)^p on q beyond N (default: the checkpoint's, often 0)")
     add("--data", help="folder with val.bin (default: each checkpoint's own)")
     add(
         "--eval_tokens",
@@ -243,6 +254,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not 0 < args.scale < math.inf:
         fail("--scale must be above 0 and finite")
     args.lengths = args.lengths and sorted(numbers("--lengths", args.lengths, at_least=1))
+    args.logn = args.logn and numbers("--logn", args.logn, at_least=0, kind=float)
     args.stem = "eval"
     args.stem += f"-on-{Path(args.data).resolve().name}" if args.data else ""
     args.stem += "-behind-text" if args.behind_text else ""
@@ -257,8 +269,8 @@ def main(argv: list[str]) -> None:
         device, dtype, autocast = find_device(args.device, args.dtype)
         for path in args.checkpoints:
             plans.append(plan(path, args, lengths, dtype))
-            lengths = plans[-1][0]["lengths"]
-        results = [result for result, _, _ in plans]
+            lengths = plans[-1][0][0]["lengths"]
+        results = [result for some, _, _ in plans for result in some]
         plot.group(results)
         out = args.out or Path(os.path.commonpath([Path(result["file"]).parent for result in results]))
         out.mkdir(parents=True, exist_ok=True)
@@ -267,16 +279,17 @@ def main(argv: list[str]) -> None:
         fail(str(error))
 
     problems = []
-    for path, (result, texts, tokenizer) in zip(args.checkpoints, plans):
+    for path, (some, texts, tokenizer) in zip(args.checkpoints, plans):
         try:
-            measure(path, result, texts, tokenizer, args, device, autocast)
-            measured = {name: value for name, value in result.items() if name != "file"}
-            content = json.dumps(measured).encode() + b"\n"
-            replace_file(Path(result["file"]), lambda f, content=content: f.write(content))
+            measure(path, some, texts, tokenizer, args, device, autocast)
         except torch.OutOfMemoryError:
             fail(f"{path} needs more memory than {device} has: use a smaller --batch_tokens or shorter --lengths")
-        except OSError as error:
-            problems.append(f"{result['file']} could not be written: {error}")
+        for result in some:
+            content = json.dumps({name: value for name, value in result.items() if name != "file"}).encode() + b"\n"
+            try:
+                replace_file(Path(result["file"]), lambda f, content=content: f.write(content))
+            except OSError as error:
+                problems.append(f"{result['file']} could not be written: {error}")
     text, written = plot.table(results), []
     try:
         replace_file(out / f"{args.stem}.md", lambda f: f.write(text.encode() + b"\n"))

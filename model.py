@@ -60,6 +60,8 @@ class GPTConfig:
     scale: float = 16.0  # how many times longer the text is
     original_len: int = 512  # the training length before scaling, for yarn and llama3
     qk_norm: bool = False  # normalize q and k to mean 0 and variance 1 per head
+    logit_scale: float = 1.0  # factor on q, for example YaRN's temperature, (0.1 ln(scale) + 1)^2
+    logn: float = 0.0  # p: a query that sees n > N keys is multiplied by (log n / log N)^p; 0: off
 
     @property
     def head_dim(self) -> int:
@@ -95,19 +97,20 @@ def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
 class Attention(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int):
         super().__init__()
-        self.head_dim, self.qk_norm = cfg.head_dim, cfg.qk_norm
+        self.cfg, self.head_dim = cfg, cfg.head_dim
         self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
         self.qkv = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * cfg.head_dim, bias=False)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.position = position_embedding(cfg, layer)
 
-    def forward(self, x, positions=None, pads=None, cache=None):
+    def forward(self, x, positions=0, pads=None, cache=None):
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, d)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        if self.qk_norm:
+        if self.cfg.qk_norm:
             # On a GPU, autocast makes layer_norm return float32.
             q, k = (F.layer_norm(x, [self.head_dim]).to(v.dtype) for x in (q, k))
+        q = self.sharpen(q, positions)  # a bias (ALiBi, KERPLE, FIRE) is added later and stays as it is
         q, k = self.position(q, k, positions)  # ALiBi appends channels
         if cache:  # [] is a cache that is still empty
             k, v = torch.cat([cache[0], k], dim=-2), torch.cat([cache[1], v], dim=-2)  # (B, K, past + T, d)
@@ -123,6 +126,21 @@ class Attention(nn.Module):
         else:  # a single query sees all keys of a cache; is_causal would let it see the first key only
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, **options)
         return self.out(y[..., : self.head_dim].transpose(1, 2).reshape(B, T, C))
+
+    def sharpen(self, q, positions):
+        """q times logit_scale, and times (log n / log N)^p for n > N, where n is the number of keys that a query sees.
+
+        softmax spreads over more keys as n grows. This factor keeps attention focused beyond N (paper/README.md).
+        """
+        cfg = self.cfg
+        if cfg.logit_scale != 1:
+            q = q * cfg.logit_scale
+        if cfg.logn:
+            if not isinstance(positions, torch.Tensor):
+                positions = torch.arange(positions, positions + q.shape[-2], device=q.device)
+            n = (positions + 1).float()[..., None, :, None]  # (1, T, 1) or (B, 1, T, 1)
+            q = (q * (n.log() / math.log(max(cfg.train_len, 2))).clamp(min=1) ** cfg.logn).to(q.dtype)
+        return q
 
     def masked(self, q, k, v, past, pads, options):
         """Attention where the fused causal call does not fit: left padding, later chunks of a cache, learned biases.
@@ -162,7 +180,7 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, positions=None, pads=None, cache=None):
+    def forward(self, x, positions=0, pads=None, cache=None):
         x = x + self.attention(self.norm1(x), positions, pads, cache)
         return x + self.mlp(self.norm2(x))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 # The seeds of one run agree in these fields of eval.json, and in the config except for fields that change no result.
-MEASURED = ("train_len", "step", "data", "behind_text", "scaling", "scale", "eval_tokens", "trials", "dtype")
+MEASURED = ("train_len", "step", "data", "behind_text", "scaling", "scale", "logn", "eval_tokens", "trials", "dtype")
 SEEDS_MAY_DIFFER = {"seed", "out", "resume", "micro_tokens", "log_every", "eval_every", "save_every", "eval_tokens",
                     "eval_trials", "device", "dtype", "compile", "wandb"}  # fmt: skip
 LOOK = {"font.size": 13, "savefig.dpi": 200, "axes.spines.top": False, "axes.spines.right": False}
@@ -155,14 +155,19 @@ def panels(count: int, lines: int, title: str):
     return fig, fig.subplots(count, squeeze=False)[:, 0]
 
 
-def style(name: str, i: int) -> dict:
-    """FoPE is the thick colored line, RoPE black. The others are thin and grey, with a marker of their own."""
-    method = re.fullmatch(r"([^-]+-)?(fope|rope)(-on-.+|-behind-text)?(-s\d+)?", name)
+def style(name: str, i: int, logn: bool = False) -> dict:
+    """FoPE is the thick colored line, RoPE black. The others are thin and grey, with a marker of their own.
+
+    logn: the figure has lines of --logn. Then only these are thick.
+    """
+    method = re.fullmatch(r"([^-]+-)?(fope|rope)(-on-.+|-behind-text)?(-logn[\d.]+)?(-s\d+)?", name)
     if method is None:
         return dict(color="0.45", linewidth=1, marker="^Dv<>Pd*Xp"[i % 10], markersize=5, zorder=3)
-    if method[2] == "rope":
-        return dict(color="black", linewidth=1.8, marker="s", markersize=5, zorder=4)
-    return dict(color="#d55e00", linewidth=3.5, marker="o", markersize=7, zorder=2)  # below: it would hide the others
+    rope, thin = method[2] == "rope", logn and not method[4]
+    if rope:
+        return dict(color="black", linewidth=1 if thin else 1.8, marker="s", markersize=5, zorder=4)
+    look = dict(color="#d55e00", marker="o", zorder=2)  # below: a thick line would hide the others
+    return look | (dict(linewidth=1.2, markersize=5) if thin else dict(linewidth=3.5, markersize=7))
 
 
 def label_ends(axis, lines: list) -> None:
@@ -220,7 +225,7 @@ def figure(results: list[dict], path: Path, title: str = "", xlabel: str = "leng
             axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         lines = []
         for i, (label, points) in enumerate(curves.items()):
-            look = style(label.split()[0], i)
+            look = style(label.split()[0], i, any("-logn" in name for name in groups))
             lines += axis.plot(points.keys(), [np.mean(seeds) for seeds in points.values()], label=label, **look)
             low, high = zip(*((min(seeds), max(seeds)) for seeds in points.values()))
             axis.fill_between(list(points), low, high, color=look["color"], alpha=0.2, linewidth=0)

@@ -87,7 +87,7 @@ FREE = {"resume", "init_from", "data", "out", "micro_tokens", "log_every", "eval
 CHANGEABLE = ("steps", "lr", "warmup")  # and these, if the command line gives them again: a run can be made longer
 AT_LEAST = {"n_layer": 1, "n_head": 1, "n_embd": 1, "n_hidden": 1, "train_len": 1, "steps": 1, "batch_tokens": 1,
             "micro_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0, "warmup": 0,
-            "eval_trials": 0, "weight_decay": 0, "lr": 0, "beta1": 0, "beta2": 0, "clip": 0}  # fmt: skip
+            "eval_trials": 0, "weight_decay": 0, "lr": 0, "beta1": 0, "beta2": 0, "clip": 0, "logn": 0}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -402,8 +402,10 @@ class Log:
         if cfg.wandb:
             try:
                 import wandb
-            except ImportError:
-                fail("--wandb needs the package wandb: pip install wandb")
+
+                self.wandb = wandb.init(project="fope", name=Path(cfg.out).name, config=asdict(cfg))
+            except Exception as error:  # missing, broken, or without a login: each raises its own
+                fail(f"--wandb does not work ({one_line(error)}): pip install wandb, or leave it out")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = lock(self.path)
@@ -411,8 +413,6 @@ class Log:
             self.file.truncate(sum(len(x) for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step))
         except OSError as error:
             fail(f"{cfg.out} cannot be written: {error}")
-        if cfg.wandb:
-            self.wandb = wandb.init(project="fope", name=Path(cfg.out).name, config=asdict(cfg))
 
     def __enter__(self):
         return self
@@ -596,7 +596,7 @@ def main() -> None:
     if os.environ.get("RANK", "0") == "0":
         plot.loss_figure([Path(cfg.out) / "log.jsonl"], Path(cfg.out) / "loss.png")
         if finished and cfg.eval_trials:
-            options = [f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}"]
+            options = [f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}", "--logn=0,2"]
             eval_passkey.main([cfg.out, *options])
     if "RANK" in os.environ:
         # DDP never releases its process group. gloo's threads outlive it, and sometimes abort the process at its end.

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -213,6 +214,12 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         say("\n".join(line for job in jobs.values() for line in job))
         return
+    try:
+        folder = ROOT / "paper/results" / args.scale
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(f"the results cannot be written: {error}")
     if jobs and miniature and not (ROOT / "data/builtin").exists():
         builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it
     environments = [{}]  # at the paper's scale, one worker has all GPUs

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from baselines import FIRE, KERPLE, LearnedBias, scaled, whole_cycles
@@ -200,7 +201,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"n_head {cfg.n_head} must divide n_embd {cfg.n_embd}, and n_kv_head {cfg.n_kv_head} n_head"
             )
-        self.cfg = cfg
+        self.cfg, self.recompute = cfg, False
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
@@ -232,7 +233,10 @@ class GPT(nn.Module):
             positions = (torch.arange(past, past + T, device=tokens.device) - pads[:, None]).clamp(min=0)  # (B, T)
         x = self.embedding(tokens)  # (B, T, C)
         for block, own in zip(self.blocks, cache or [None] * len(self.blocks)):
-            x = block(x, positions, pads, own)
+            if self.recompute and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, positions, use_reentrant=False)
+            else:
+                x = block(x, positions, pads, own)
         x = self.norm(x)
         if targets is None:
             return self.head(x[:, -last:])  # (B, last, vocab_size); -0: takes all T

@@ -57,7 +57,7 @@ class TrainConfig(GPTConfig):
     data: str = "data/builtin"  # folder with train.bin and val.bin
     out: str = ""  # folder for checkpoint, log and evaluation; empty: out/MODEL-POS-sSEED
     resume: bool = False  # continue from the checkpoint in out
-    init_from: str = ""  # checkpoint to take the weights from; its position embedding may be another
+    init_from: str = ""  # checkpoint to take the weights and the model's flags from; --pos may be another
     steps: int = 1500  # optimizer steps
     batch_tokens: int = 4096  # tokens per step, over all processes
     micro_tokens: int = 4096  # maximum tokens per micro-batch and process
@@ -78,12 +78,13 @@ class TrainConfig(GPTConfig):
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
     dtype: str = "auto"  # auto (bfloat16 autocast where the hardware has it), bfloat16 or float32
+    recompute: bool = False  # recompute each block in the backward pass: less memory, a third more time
     compile: str = "auto"  # torch.compile: auto (where it works), on or off
 
 
 # A resumed run may change these. Everything else changes what is computed.
 FREE = {"resume", "init_from", "data", "out", "micro_tokens", "log_every", "eval_every", "save_every", "eval_tokens",
-        "eval_trials", "device", "dtype", "compile", "wandb"}  # fmt: skip
+        "eval_trials", "device", "dtype", "compile", "recompute", "wandb"}  # fmt: skip
 CHANGEABLE = ("steps", "lr", "warmup")  # and these, if the command line gives them again: a run can be made longer
 AT_LEAST = {"n_layer": 1, "n_head": 1, "n_embd": 1, "n_hidden": 1, "train_len": 1, "steps": 1, "batch_tokens": 1,
             "micro_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0, "warmup": 0,
@@ -119,12 +120,19 @@ def parse_flags(argv: list[str]) -> dict:
     return flags | {"out": flags.get("out") or f"out/{named['model']}-{named['pos']}-s{named['seed']}"}
 
 
-def configure(flags: dict, checkpoint: dict | None = None) -> TrainConfig:
-    """A flag wins over the preset, and the preset over the default. In a resumed run, the checkpoint is the preset."""
+def configure(flags: dict, checkpoint: dict | None = None, source: dict | None = None) -> TrainConfig:
+    """A flag wins over the preset, and the preset over the default.
+
+    checkpoint: of the run that is resumed. It takes the place of the preset. source: the one that --init_from names. It
+    takes the preset's place for the model's shape and position embedding.
+    """
     preset = flags.get("model", "tiny")
     if preset not in PRESETS:
         fail(f"model {preset!r} is unknown: use {', '.join(PRESETS)}")
     saved = checkpoint["config"] if checkpoint else PRESETS[preset] | RECIPES[preset]
+    if source:
+        model = {f.name for f in fields(GPTConfig)} - {"seed"}
+        saved = saved | {name: value for name, value in source["config"].items() if name in model}
     cfg = TrainConfig(**{f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved} | flags)
     for name, least in AT_LEAST.items():
         if not least <= getattr(cfg, name) < math.inf:
@@ -271,14 +279,13 @@ def micro_batches(tokens: np.ndarray, step: int, cfg: TrainConfig, machine: Mach
 # Model, checkpoint and log
 
 
-def initial_weights(model: GPT, path: str) -> str:
+def initial_weights(model: GPT, source: dict, path: str) -> str:
     """Load a checkpoint's weights, and the state of its position embedding where both have it. Raises ValueError."""
-    checkpoint = load_checkpoint(path)
-    saved, own = checkpoint["model"], model.state_dict()
+    saved, own = source["model"], model.state_dict()
     weights = {name: x for name, x in saved.items() if ".position." not in name}
     expected = {name: x.shape for name, x in own.items() if ".position." not in name}
-    if {name: x.shape for name, x in weights.items()} != expected or checkpoint["config"]["n_head"] != model.cfg.n_head:
-        raise ValueError(f"{path} has another shape: use the preset and the vocabulary that it was trained with")
+    if {name: x.shape for name, x in weights.items()} != expected or source["config"]["n_head"] != model.cfg.n_head:
+        raise ValueError(f"{path} has another shape: leave out the flags that change the model")
     kept = {name: x for name, x in saved.items() if ".position." in name and name in own}
     for name, x in kept.items():
         if x.shape != own[name].shape:
@@ -332,8 +339,8 @@ def make_optimizers(model: GPT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
     return [adamw, Muon(matrices, **options)] if matrices else [adamw]
 
 
-def build_or_resume(cfg: TrainConfig, checkpoint, meta: dict, machine: Machine) -> tuple[GPT, list, int]:
-    """The model, its optimizers and the step to start from."""
+def build_or_resume(cfg: TrainConfig, checkpoint, source, meta: dict, machine: Machine) -> tuple[GPT, list, int]:
+    """The model, its optimizers and the step to start from. checkpoint, source: as in configure()."""
     out = Path(cfg.out)
     if out.exists() and not cfg.resume:
         fail(f"{out} exists: --resume continues it, --out=NAME starts another run")
@@ -343,8 +350,11 @@ def build_or_resume(cfg: TrainConfig, checkpoint, meta: dict, machine: Machine) 
         model = GPT(cfg)
         if cfg.resume and not checkpoint:
             machine.say(f"{out} has no checkpoint yet: starting at step 0")
-        if cfg.init_from and not checkpoint:
-            machine.say(initial_weights(model, cfg.init_from))
+        if source:
+            ours, theirs = meta["tokenizer"], source["tokenizer"]
+            if ours != theirs:
+                raise ValueError(f"{cfg.data} has {ours} tokens, and {cfg.init_from} was trained on {theirs} tokens")
+            machine.say(initial_weights(model, source, cfg.init_from))
     except ValueError as error:
         fail(str(error))
     if checkpoint:
@@ -357,7 +367,7 @@ def build_or_resume(cfg: TrainConfig, checkpoint, meta: dict, machine: Machine) 
         if checkpoint.get("data") != meta.get("train"):
             fail(f"{out} was trained on other data than {cfg.data}: use the same --data")
         model.load_state_dict(checkpoint["model"])
-    model.to(machine.device)
+    model.to(machine.device).recompute = cfg.recompute
     model.reserve(cfg.train_len)  # before torch.compile
     optimizers = make_optimizers(model, cfg)
     if checkpoint:
@@ -481,15 +491,15 @@ def on_stop(handler) -> dict:
     return {n: signal.signal(n, handler) for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
 
 
-def train(cfg: TrainConfig, checkpoint: dict | None = None) -> bool:
-    """The whole run up to its last checkpoint. False if a signal asked it to stop."""
+def train(cfg: TrainConfig, checkpoint: dict | None, source: dict | None) -> bool:
+    """The whole run up to its last checkpoint. False if a signal asked it to stop. The others: as in configure()."""
     stop_signals.clear()
     handlers = on_stop(ask_to_stop)
     # Everything that can be wrong with the input is found before anything is written.
     machine = Machine(cfg)
     tokens, val_tokens, meta = load_data(cfg, machine)
     share, micro = split_batch(cfg, machine)
-    raw, optimizers, start = build_or_resume(cfg, checkpoint, meta, machine)
+    raw, optimizers, start = build_or_resume(cfg, checkpoint, source, meta, machine)
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -577,19 +587,21 @@ def train(cfg: TrainConfig, checkpoint: dict | None = None) -> bool:
 
 def main() -> None:
     flags = parse_flags(sys.argv[1:])
-    checkpoint, file = None, Path(flags["out"]) / "ckpt.pt"
-    if flags.get("resume") and file.exists():
-        try:
-            checkpoint = load_checkpoint(file)
-        except ValueError as error:
-            fail(str(error))
-    cfg = configure(flags, checkpoint)
+    checkpoint = source = None
+    try:
+        if flags.get("resume") and (Path(flags["out"]) / "ckpt.pt").exists():
+            checkpoint = load_checkpoint(flags["out"])
+        elif flags.get("init_from"):
+            source = load_checkpoint(flags["init_from"])
+    except ValueError as error:
+        fail(str(error))
+    cfg = configure(flags, checkpoint, source)
     try:
         import torch._dynamo  # eager training needs it too, and it makes torch.compile's cache folder
     except OSError as error:
         fail(f"PyTorch cannot make its cache folder ({error}): set TORCHINDUCTOR_CACHE_DIR to another one")
     try:
-        finished = train(cfg, checkpoint)
+        finished = train(cfg, checkpoint, source)
     except (OSError, torch._dynamo.exc.TorchDynamoException) as error:  # such as a cache folder whose disk is full
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the default one")
         fail(f"{one_line(error)}. If this is torch.compile's cache folder, {cache}, free it or use --compile=off")

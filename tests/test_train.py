@@ -530,7 +530,7 @@ def test_a_compiler_that_fails_in_the_first_step_leaves_no_folder(data, tmp_path
 
 
 INIT = {  # flags of the run that the weights come from, flags of the one that takes them, whether any are drawn anew
-    "RoPE to FoPE": ("--pos=rope", "", True),
+    "RoPE to FoPE": ("--pos=rope", "--pos=fope", True),
     "FoPE at the same N": ("", "", False),
     "FoPE at another N": ("", "--train_len=64", True),
     "a series that goes beyond the floor": ("--n_freqs=12", "--n_freqs=12 --train_len=64", True),
@@ -582,8 +582,12 @@ BAD = {  # flags, and what the line must contain
     "validation token outside": ("--data={d}/large-val", "val.bin has token 60000, outside the vocabulary of 320"),
     "short corpus": ("--data={d}/short", "32 tokens: a sequence takes --train_len plus one"),
     "init_from nothing": ("--init_from={d}/nothing", "there is no checkpoint"),
-    "init_from another preset": ("--init_from={d}/run --n_embd=64", "use the preset"),
-    "init_from other heads": ("--init_from={d}/run --n_head=1 --pos=rope", "use the preset"),
+    "init_from another shape": ("--init_from={d}/run --n_embd=64", "leave out the flags"),
+    "init_from other heads": ("--init_from={d}/run --n_head=1 --pos=rope", "leave out the flags"),
+    "init_from other tokens": (
+        "--init_from={d}/run --data={d}/words",
+        "run was trained on bytes",
+    ),
     "unknown model": ("--model=7B", "tiny, 60M, 180M, 1.2B"),
     "unknown pos": ("--pos=xpos", "fope, rope, alibi, kerple, fire or nope"),
     "unknown device": ("--device=abacus", "abacus"),

@@ -1,0 +1,312 @@
+"""hf/: Llama-family models in, Hugging Face folders out. The oracle is transformers; beyond N, a formula in float64."""
+
+import base64
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from data import prepare, tokenizer
+from fope import FoPE, rope_frequencies
+from hf import convert
+from model import GPT, GPTConfig, load_checkpoint, load_model
+
+transformers = pytest.importorskip("transformers")
+N = 64
+SMALL = dict(n_layer=2, n_head=4, n_embd=64, n_hidden=96, vocab_size=320, train_len=N, init_std=0.1)
+LLAMA = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=257,
+             max_position_embeddings=N, initializer_range=0.1, eos_token_id=256)  # fmt: skip
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = dict(rope_type="llama3", factor=4.0, original_max_position_embeddings=16, low_freq_factor=1.0,
+              high_freq_factor=4.0)  # fmt: skip
+
+
+def text(rows, length):
+    return torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def our_run(folder, **options):
+    """A run folder with a random model."""
+    cfg = GPTConfig(**SMALL | options)
+    model = GPT(cfg).eval()
+    folder.mkdir()
+    facts = {"step": 1, "tokenizer": "bytes", "data": None, "config": asdict(cfg) | {"data": ""}}
+    torch.save(facts | {"model": model.state_dict()}, folder / "ckpt.pt")
+    return model
+
+
+def exported(tmp_path, *flags, **options):
+    model = our_run(tmp_path / "run", **options)
+    convert.main(["to", str(tmp_path / "run"), str(tmp_path / "hf"), *flags])
+    return model, tmp_path / "hf"
+
+
+def load(folder, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def llama(folder, shards="5GB", **options):
+    """A random Llama as a Hugging Face folder with a tokenizer of 257 bytes."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | options)).eval()
+    model.save_pretrained(folder, max_shard_size=shards)
+    for name, content in convert.tokenizer_files(tokenizer.get_tokenizer("bytes")).items():
+        (folder / name).write_bytes(content)
+    return model
+
+
+def refused(capsys, argv):
+    capsys.readouterr()  # transformers shows a progress bar
+    with pytest.raises(SystemExit) as end:
+        convert.main([str(x) for x in argv])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    return line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In
+
+INPUTS = {
+    "grouped heads": dict(num_key_value_heads=2),
+    "tied, other epsilon and base": dict(tie_word_embeddings=True, rms_norm_eps=1e-3, rope_theta=500.0),
+    "linear": dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
+    "llama3": dict(rope_parameters=LLAMA3 | dict(rope_theta=1e4)),
+    "yarn": dict(rope_parameters=YARN | dict(rope_theta=1e4)),
+    "yarn with its own temperature": dict(rope_parameters=YARN | dict(rope_theta=1e4, attention_factor=1.5)),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_an_imported_llama_has_the_logits_of_transformers(tmp_path, name):
+    theirs = llama(tmp_path / "llama", **INPUTS[name])
+    convert.main(["from", str(tmp_path / "llama"), str(tmp_path / "run")])
+    ours, checkpoint = load_model(tmp_path / "run")
+    tokens = text(2, 4 * N)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    assert checkpoint["config"]["train_len"] == N and checkpoint["tokenizer"].startswith("json-")
+
+
+def test_the_older_spelling_shards_and_bfloat16_give_the_same_model(tmp_path):
+    llama(tmp_path / "a", rope_parameters=YARN | dict(rope_theta=1e4)).bfloat16()
+    model = load(tmp_path / "a", dtype=torch.bfloat16)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "b", max_shard_size="50KB")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    config["rope_scaling"] = config.pop("rope_parameters")
+    config["rope_scaling"]["type"] = config["rope_scaling"].pop("rope_type")
+    config["rope_theta"] = config["rope_scaling"].pop("rope_theta")
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    save_file(model.state_dict(), tmp_path / "a" / "model.safetensors")
+    for name in "ab":
+        convert.main(["from", str(tmp_path / name), str(tmp_path / f"run-{name}")])
+    (ours, one), (_, two) = (load_model(tmp_path / f"run-{name}") for name in "ab")
+    assert {**one["config"], "data": ""} == {**two["config"], "data": ""}
+    torch.testing.assert_close(one["model"], two["model"], rtol=0, atol=0)
+    assert ours.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_out_and_in_again_gives_the_same_tensors(tmp_path, tied):
+    llama(tmp_path / "llama", tie_word_embeddings=tied, num_key_value_heads=2)
+    convert.main(["from", str(tmp_path / "llama"), str(tmp_path / "run")])
+    convert.main(["to", str(tmp_path / "run"), str(tmp_path / "again")])
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("llama", "again"))
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_an_imported_llama_is_trained_as_fope_and_exported(tmp_path):
+    llama(tmp_path / "llama", num_key_value_heads=2, tie_word_embeddings=True)
+    convert.main(["from", str(tmp_path / "llama"), str(tmp_path / "run")])
+    tokens = text(1, 2000)[0].numpy()
+    data = tokenizer.get_tokenizer(str(tmp_path / "run" / "tokenizer.json"))
+    prepare.write(tmp_path / "data", data, tokens, tokens, {"source": "random bytes"})
+    logs = {}
+    for recompute in ("false", "true"):
+        argv = f"--init_from={tmp_path}/run --pos=fope --data={tmp_path}/data --out={tmp_path}/{recompute}".split()
+        argv += f"--batch_tokens=256 --steps=3 --warmup=0 --recompute={recompute} --eval_trials=0 --compile=off --device=cpu".split()
+        source = load_checkpoint(tmp_path / "run")
+        assert train.train(train.configure(train.parse_flags(argv), None, source), None, source)
+        logs[recompute] = (tmp_path / recompute / "log.jsonl").read_text().splitlines()
+    losses = [[json.loads(line).get("loss") for line in lines] for lines in logs.values()]
+    assert losses[0] == losses[1]
+    convert.main(["to", str(tmp_path / "true"), str(tmp_path / "fope")])
+    theirs, (ours, checkpoint) = load(tmp_path / "fope"), load_model(tmp_path / "true")
+    assert (checkpoint["config"]["n_kv_head"], checkpoint["config"]["tied"], checkpoint["step"]) == (2, True, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(text(1, 2 * N)).logits, ours(text(1, 2 * N)), atol=1e-4, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out
+
+OUTPUTS = {  # options of the model, whether it needs modeling_fope.py
+    "rope": (dict(pos="rope"), False),
+    "rope, grouped, tied": (dict(pos="rope", n_kv_head=2, tied=True), False),
+    "rope, yarn": (dict(pos="rope", scaling="yarn", scale=4.0, original_len=16, logit_scale=1.3), False),
+    "rope with log n": (dict(pos="rope", logn=2.0), True),
+    "rope-a": (dict(pos="rope", whole_cycles=True), True),
+    "the floor alone": (dict(fourier_series=False), False),
+    "the floor alone, grouped, tied": (dict(fourier_series=False, n_kv_head=2, tied=True), False),
+    "the floor alone, as in the release": (dict(fourier_series=False, zero_phase=False), True),
+    "neither half of FoPE": (dict(fourier_series=False, clip_floor=False), False),
+    "fope": (dict(), True),
+    "fope, grouped, tied": (dict(n_kv_head=2, tied=True, logn=2.0, sigma=3.0), True),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_exported_model_has_our_logits(tmp_path, name):
+    options, remote = OUTPUTS[name]
+    ours, folder = exported(tmp_path, **options)
+    theirs = load(folder)
+    assert (folder / "modeling_fope.py").exists() == remote == (theirs.config.model_type == "fope_llama")
+    tokens = text(2, 4 * N)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=0)
+    greedy = dict(do_sample=False, max_new_tokens=8, pad_token_id=256)
+    pads = torch.tensor([0, 5])  # left padding, chunks and the cache at once
+    mask = (torch.arange(2 * N) >= pads[:, None]).long()
+    prompt = tokens[:, : 2 * N].where(mask == 1, 256)
+    generated = theirs.generate(prompt, attention_mask=mask, **greedy)
+    assert torch.equal(generated, ours.generate(prompt, 8, pads=pads))
+
+
+def test_the_floor_alone_keeps_as_many_pairs_in_transformers():
+    for head_dim in range(4, 130, 2):
+        for train_len in (16, 64, 500, 4096, 10**6):
+            model = GPT(GPTConfig(**SMALL | dict(n_embd=head_dim, n_head=1, fourier_series=False, train_len=train_len)))
+            config = transformers.LlamaConfig(head_dim=head_dim, rope_parameters=convert.rope_parameters(model))
+            rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+            assert (rope.inv_freq > 0).sum() == len(model.blocks[0].attention.position.omega)
+
+
+def test_coefficients_stay_in_float32_and_the_floor_at_n(tmp_path):
+    ours, folder = exported(tmp_path, "--dtype=bfloat16", sigma=3.0)
+    theirs = load(folder, dtype=torch.bfloat16, max_position_embeddings=16 * N)
+    for block, layer in zip(ours.blocks, theirs.model.layers):
+        position = layer.self_attn.position
+        assert layer.self_attn.q_proj.weight.dtype == torch.bfloat16 and position.coef.dtype == torch.float32
+        torch.testing.assert_close(position.coef, block.attention.position.coef, rtol=0, atol=0)
+        torch.testing.assert_close(position.omega, block.attention.position.omega, rtol=0, atol=0)
+
+
+def test_an_exported_tokenizer_has_our_tokens(tmp_path):
+    words = "it's a naïve café, 123  tokens\n\n \U0001f600" * 3
+    ranks = {bytes([b]): b for b in range(256)}
+    for pair in (b"to", b"ke", b"toke", b"ns", b"tokens", b" tokens", b"af", b"caf"):
+        ranks[pair] = len(ranks)
+    file = tmp_path / "t.tiktoken"
+    file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    for ours in (tokenizer.get_tokenizer("bytes"), tokenizer.get_tokenizer(str(file))):
+        folder = tmp_path / ours.name
+        folder.mkdir()
+        for name, content in convert.tokenizer_files(ours).items():
+            (folder / name).write_bytes(content)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs(words)["input_ids"] == ours.encode_ordinary(words)
+        assert theirs.decode(theirs(words)["input_ids"]) == words and theirs.eos_token_id == ours.eot
+
+
+def test_intern_s1_coefficients_give_its_attention():
+    """Its code: cos(position omega) @ cos_coef per key-value head, and 1 for the clipped pairs, for sine too."""
+    d, K, theta, length = 128, 4, 5e6, 262_144
+    omega = rope_frequencies(d, theta)
+    M = int((omega > 2 * torch.pi / length).sum())
+    generator = torch.Generator().manual_seed(0)
+    cos_coef, sin_coef = torch.eye(M) + 0.05 * torch.randn(2, K, M, M, generator=generator)
+    position = FoPE(n_head=2 * K, n_kv_head=K, head_dim=d, train_len=length, theta=theta, seed=0, zero_phase=False)
+    position.load_state_dict({"coef": convert.intern_s1_coefficients(cos_coef, sin_coef)})
+    q, k = (torch.randn(1, heads, 3, d, generator=generator) for heads in (2 * K, K))
+    at = torch.tensor([0, 100, 5000])
+    angle = at.double()[:, None] * omega[:M]
+    ones = torch.ones(K, 3, d // 2 - M, dtype=torch.float64)
+    cos = torch.cat([angle.cos() @ cos_coef.double(), ones], -1)
+    sin = torch.cat([angle.sin() @ sin_coef.double(), ones], -1)
+
+    def rotate(x, cos, sin):
+        a, b = x.double().chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    queries, keys = position(q, k, at)
+    expected = rotate(q, cos.repeat_interleave(2, 0), sin.repeat_interleave(2, 0))
+    torch.testing.assert_close(queries.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(keys.double(), rotate(k, cos, sin), atol=1e-5, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, and nothing half-written
+
+
+def edit(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def rename(old, new):
+    return lambda folder: (folder / old).rename(folder / new)
+
+
+BAD = {  # what happens to the folder, what the line must contain
+    "no model folder": (shutil.rmtree, "is not a model folder"),
+    "another architecture": (edit(architectures=["GPT2LMHeadModel"]), "no form for GPT2LMHeadModel"),
+    "biases": (edit(attention_bias=True), "biases"),
+    "a sliding window": (edit(sliding_window=32), "a sliding window of 32"),
+    "experts": (edit(num_local_experts=8), "experts"),
+    "partial rotation": (edit(partial_rotary_factor=0.5), "partial rotation"),
+    "head_dim": (edit(head_dim=32), "head_dim 32"),
+    "unknown rope_type": (edit(rope_parameters={"rope_type": "longrope"}), "rope_type longrope"),
+    "other constants": (edit(rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}), "llama3 with other constants"),
+    "wrong shape": (edit(intermediate_size=64), "mismatch"),
+    "fewer layers": (edit(num_hidden_layers=1), "does not have the weights of its config.json: model.layers.1"),
+    "damaged config": (lambda folder: (folder / "config.json").write_text("{}"), "config.json is damaged"),
+    "a pickle": (rename("model.safetensors", "pytorch_model.bin"), "a pickle (.bin) can run code"),
+    "a gguf": (rename("model.safetensors", "model.gguf"), "Only safetensors are read"),
+    "half a file": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "header"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "llama"
+    llama(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_folder_gets_one_line_and_leaves_nothing(good, tmp_path, capsys, name):
+    shutil.copytree(good, tmp_path / "llama")
+    damage, expected = BAD[name]
+    damage(tmp_path / "llama")
+    assert expected in refused(capsys, ["from", tmp_path / "llama", tmp_path / "runs" / "x"])
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_missing_shard_is_named(good, tmp_path, capsys):
+    load(good).save_pretrained(tmp_path / "llama", max_shard_size="50KB")
+    shutil.copy(good / "tokenizer.json", tmp_path / "llama")
+    shutil.copy(good / "tokenizer_config.json", tmp_path / "llama")
+    lost = sorted((tmp_path / "llama").glob("*.safetensors"))[1]
+    lost.unlink()
+    assert f"has no {lost.name}" in refused(capsys, ["from", tmp_path / "llama", tmp_path / "run"])
+
+
+@pytest.mark.parametrize("options", [dict(pos="kerple"), dict(pos="alibi"), dict(qk_norm=True)])
+def test_what_transformers_lacks_is_named(tmp_path, capsys, options):
+    our_run(tmp_path / "run", **options)
+    line = refused(capsys, ["to", tmp_path / "run", tmp_path / "hf"])
+    assert (options.get("pos") or "QK-norm") in line and not (tmp_path / "hf").exists()
+
+
+def test_a_target_that_exists_is_refused(good, capsys):
+    assert "exists" in refused(capsys, ["from", good, good])

@@ -105,6 +105,31 @@ def commands(run: str, seed: int, scale: str, trials: int) -> dict[str, str]:
     return lines | {f"{line} --data=data/c4" if books else line: out}
 
 
+def table1() -> list[str]:
+    """The paper's Table 1: SmolLM-1.7B continued at 4096 tokens with FoPE and with RoPE, then scored on LongBench.
+
+    The paper does not name the text, the number of tokens or the learning rate. These are ours.
+    """
+    gpus, data = max(torch.cuda.device_count(), 1), "data/gutenberg-smollm"
+    tasks = ",".join(f"longbench_{task}_e" for task in ("gov_report", "multi_news", "trec", "triviaqa", "samsum"))
+    lines = [
+        "hf download HuggingFaceTB/SmolLM-1.7B --local-dir SmolLM-1.7B",
+        "python -m hf.convert from SmolLM-1.7B out/smollm",
+        f"python data/prepare.py gutenberg --tokens=1e9 --tokenizer=out/smollm/tokenizer.json --out={data}",
+    ]
+    for pos in ("fope", "rope"):
+        out = f"out/table1-{pos}"
+        lines += [
+            f"torchrun --standalone --nproc_per_node={gpus} train.py --init_from=out/smollm --pos={pos} --sigma=0.6 "
+            f"--train_len=4096 --data={data} --batch_tokens=524288 --steps=1907 --warmup=95 --lr=1e-4 --recompute "
+            f"--eval_trials=0 --out={out}",
+            f"python -m hf.convert to {out} {out}-hf --dtype=bfloat16",
+            f"lm_eval --model hf --model_args pretrained={out}-hf,trust_remote_code=True,max_length=32768 "
+            f"--tasks {tasks} --log_samples --output_path {out}-scores",
+        ]
+    return lines
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The driver
 
@@ -186,13 +211,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
-    add("experiment", choices=EXPERIMENTS)
+    add("experiment", choices=[*EXPERIMENTS, "table1"], help="table1 only prints its commands, with --dry_run")
     add("--scale", choices=SCALES, default="tiny", help="tiny5k is tiny with 5000 steps (default: tiny)")
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
     add("--trials", type=int, help="passkey trials per length (default: 100 in miniature, else 1000)")
     add("--dry_run", action="store_true", help="print all commands and end")
     args = parser.parse_args(argv)
+    if args.experiment == "table1":
+        if not args.dry_run:
+            fail("table1 needs GPUs and a network: type the commands that --dry_run prints")
+        return say("\n".join(table1()))
     seeds, known = numbers("--seeds", args.seeds, 0), runs_of(args.experiment, args.scale)
     runs, miniature = args.runs.split(",") if args.runs else known, args.scale in MINIATURES
     trials = (100 if miniature else 1000) if args.trials is None else args.trials

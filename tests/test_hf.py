@@ -131,7 +131,8 @@ def test_an_imported_llama_is_trained_as_fope_and_exported(tmp_path):
     logs = {}
     for recompute in ("false", "true"):
         argv = f"--init_from={tmp_path}/run --pos=fope --data={tmp_path}/data --out={tmp_path}/{recompute}".split()
-        argv += f"--batch_tokens=256 --steps=3 --warmup=0 --recompute={recompute} --eval_trials=0 --compile=off --device=cpu".split()
+        argv += f"--batch_tokens=256 --steps=3 --warmup=0 --recompute={recompute} --eval_trials=0".split()
+        argv += "--compile=off --device=cpu".split()
         source = load_checkpoint(tmp_path / "run")
         assert train.train(train.configure(train.parse_flags(argv), None, source), None, source)
         logs[recompute] = (tmp_path / recompute / "log.jsonl").read_text().splitlines()

@@ -13,7 +13,12 @@ import eval_passkey
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": 1800, "paper/README.md": 3000, "data/README.md": 1200, "hf/README.md": 700}  # and their words at most
+PAGES = {
+    "README.md": 1800,
+    "paper/README.md": 3000,
+    "data/README.md": 1200,
+    "hf/README.md": 700,
+}  # and their words at most
 
 
 def blocks(page, language=""):

@@ -17,40 +17,28 @@ TASK = (
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 INFORMATION = "The pass key is 31415. Remember it. 31415 is the pass key."
 QUESTION = "What is the pass key? The pass key is 31415"
+
 BYTES = get_tokenizer("bytes")
 
 
 def bpe(*words):
-    """The 256 bytes, and the merges that make each of the words one token."""
-    tokens = [bytes([b]) for b in range(256)]
-    for word in words:
-        tokens += [word[:n].encode() for n in range(2, len(word) + 1) if word[:n].encode() not in tokens]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+    """One token for each byte and each of the words."""
+    ranks = {token: rank for rank, token in enumerate([bytes([b]) for b in range(256)] + [w.encode() for w in words])}
     return tiktoken.Encoding("toy", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-TOKENIZERS = {
-    "bytes": BYTES,
-    "bpe": bpe(" grass", " key", "The", " The", " pass", " sky", " 31", "41", " is", " important", "There", " There"),
-    "bpe, a word costs less after a space": bpe(" The", " Here", " There", " grass"),
-}
+TOKENIZERS = {"bytes": BYTES, "cheaper after a space": bpe(" The", " Here", " There", " grass", " key", " important")}
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
+@pytest.mark.parametrize("length", [300, 511, 512, 1001, 8192])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_a_document_has_exactly_the_length(tokenizer, depth):
-    for length in [*range(256, 300, 7), 511, 512, 513, 1000, 1001, 4096, 8192]:
-        tokens, n_answer = passkey_document(tokenizer, length, 31415, depth)
-        assert len(tokens) == length
-        assert tokenizer.decode(tokens[-n_answer:]) == " 31415"
-
-
-@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_a_document_is_the_benchmark_verbatim(tokenizer):
-    tokens, _ = passkey_document(tokenizer, 700, 31415, 0.4)
+def test_a_document_is_the_benchmark_verbatim_and_has_exactly_the_length(tokenizer, length):
+    tokens, n_answer = passkey_document(tokenizer, length, 31415, 0.4)
+    assert len(tokens) == length
+    assert tokenizer.decode(tokens[-n_answer:]) == " 31415"
     task, before, information, after, question = tokenizer.decode(tokens).split("\n")
     assert (task, information, question) == (TASK, INFORMATION, QUESTION)
-    filler = " ".join([FILLER] * 100)
+    filler = " ".join([FILLER] * 200)
     assert before and filler.startswith(before)
     assert after and after in filler
 
@@ -63,7 +51,7 @@ def test_the_fixed_strings_take_253_bytes():
         passkey_document(BYTES, 252, 31415, 0.5)
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
 def test_depth_is_the_share_of_filler_before_the_information(depth):
     tokens, _ = passkey_document(BYTES, 1253, 31415, depth)
     _, before, _, after, _ = BYTES.decode(tokens).split("\n")

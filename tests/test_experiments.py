@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,45 +43,50 @@ def test_every_run_of_an_experiment_is_valid_and_different(experiment, scale):
         position_embedding(cfg, 0)  # refuses options that do not fit
         assert cfg.seed == 3 and f"{cfg.out} --lengths={experiments.LENGTHS} --trials=7" in evaluation
         assert training.split()[0] == ("torchrun" if scale == "60M" else "python")
+        on_books = scale == "60M" and experiment in ("fig5", "fig6a")
+        assert run.startswith("books-") == evaluation.endswith("--data=data/c4") == on_books
         configs.append(dataclasses.asdict(cfg) | {"out": ""})
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
 
-@pytest.mark.parametrize(
-    "scale, run, expected",
-    [
-        ("60M", "books-rope", dict(pos="rope", data="data/gutenberg")),
-        ("60M", "fope-no-fs", dict(pos="fope", fourier_series=False, clip_floor=True)),
-        ("60M", "fope-double-head-dim", dict(n_head=8, head_dim=128, n_hidden=4096, n_layer=8)),
-        ("tiny", "fope-double-heads-layers", dict(n_head=4, head_dim=64, n_hidden=1024, n_layer=6)),
-        ("60M", "fope-then-yarn", dict(pos="fope", scaling="yarn", train_len=1024, init_from="out/60M/fope-s3")),
-        ("60M", "rope-then-fope", dict(steps=1907, warmup=95, lr=3e-4, train_len=1024, init_from="out/60M/rope-s3")),
-    ],
-)
+CHANGES = [
+    ("60M", "books-rope", dict(pos="rope", data="data/gutenberg")),
+    ("60M", "fope-no-fs", dict(pos="fope", fourier_series=False, clip_floor=True)),
+    ("60M", "fope-double-head-dim", dict(n_head=8, head_dim=128, n_hidden=4096, n_layer=8)),
+    ("tiny", "fope-double-heads-layers", dict(n_head=4, head_dim=64, n_hidden=1024, n_layer=6)),
+    ("60M", "fope-then-yarn", dict(pos="fope", scaling="yarn", train_len=1024, init_from="out/60M/fope-s3")),
+    ("60M", "rope-then-fope", dict(steps=1907, warmup=95, lr=3e-4, train_len=1024, init_from="out/60M/rope-s3")),
+]
+
+
+@pytest.mark.parametrize("scale, run, expected", CHANGES)
 def test_what_a_run_changes(scale, run, expected):
     cfg = config(lines(run, scale)[-2])
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def test_at_the_papers_scale_figure_6a_trains_on_books_and_tests_on_c4():
-    assert (experiments.runs_of("fig6a", "60M")[0], experiments.runs_of("fig6a", "tiny")[0]) == ("books-fope", "fope")
-    assert lines("books-rope")[-1].endswith("--data=data/c4")
+def test_continuations_of_one_start_follow_each_other_and_train_it_once(capsys):
+    experiments.main(["fig4", "--runs=rope-then-yarn,fope-then-fope,rope-then-fope", "--dry_run"])
+    printed = capsys.readouterr().out
+    trained = [word for word in printed.split() if word.startswith("--out=")]
+    names = ["rope-s0", "rope-then-yarn-s0", "rope-then-fope-s0", "fope-s0", "fope-then-fope-s0"]
+    assert trained == [f"--out=out/tiny/{name}" for name in names]
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["fig2"], "fig2"),
-        (["fig1", "--runs=llama"], "no run llama"),
-        (["fig1", "--seeds=a"], "--seeds"),
-        (["fig1", "--trials=0"], "--trials"),
-        (["fig5"], "two corpora"),
-        (["fig6b", "--scale=1.2B"], "--scale=60M"),
-    ],
-)
+BAD = [
+    ("fig2", "fig2"),
+    ("fig1 --runs=llama", "no run llama"),
+    ("fig1 --seeds=a", "--seeds"),
+    ("fig1 --trials=0", "--trials"),
+    ("fig5", "two corpora"),
+    ("fig6b --scale=1.2B", "--scale=60M"),
+]
+
+
+@pytest.mark.parametrize("argv, words", BAD)
 def test_bad_input_gets_one_line(capsys, argv, words):
     with pytest.raises(SystemExit) as end:
-        experiments.main(argv)
+        experiments.main(argv.split())
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and words in error
 
@@ -94,19 +99,21 @@ SMALL += "--data=data/fox --compile=off --device=cpu"
 # In place of train.py. It "trains" until it is stopped, and with --resume it is finished at once. nope fails. fire is
 # stopped by a signal that the driver did not send.
 TRAIN = """import json, pathlib, signal, sys, time
-flags = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
 def end(step, status=0):
-    (out / "log.jsonl").write_text(json.dumps(dict(step=step)))
+    (out / "log.jsonl").write_text(json.dumps({"step": step}))
     sys.exit(status)
+flags = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
 out = pathlib.Path(flags["--out"])
 out.mkdir(parents=True, exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), end(step=10)))
 (out / "started").touch()
 if flags["--pos"] == "nope":
-    end(step=10, status=3)
-if "--resume" not in sys.argv and flags["--pos"] != "fire":
+    end(step=3000, status=3)
+if flags["--pos"] == "fire":
+    end(step=20)
+if "--resume" not in sys.argv:
     time.sleep(100)
-end(step=20 if flags["--pos"] == "fire" else int(flags.get("--steps", 3000)))
+end(step=3000)
 """
 EVALUATE = f"""import pathlib, shutil, sys
 out = pathlib.Path(sys.argv[1])
@@ -116,34 +123,36 @@ shutil.copy(f"{ROOT}/paper/results/tiny/{{out.name}}.json", out / "eval.json")
 
 def run(*argv):
     """The driver in this process. Returns its exit status."""
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, mock.patch("signal.signal"):  # its handlers are not for pytest
         experiments.main(["--trials=2", *argv])
     return end.value.code
 
 
-def stop(folder, number, once, *argv):
+def stop(capfd, number, once, *argv):
     """The driver in a process of its own, on two cores, which gets a signal `once` something holds."""
-    code = f"""import os
-from pathlib import Path
-from paper import experiments
-os.sched_getaffinity = lambda process: [0, 1]
-experiments.ROOT, experiments.SCALES = Path({str(folder)!r}), {experiments.SCALES}
-experiments.main({argv})"""
-    options = dict(stderr=subprocess.PIPE, text=True, start_new_session=True)
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+
+    def drive():
+        os.setsid()
+        with mock.patch("os.sched_getaffinity", return_value={0, 1}):
+            experiments.main(argv)
+
+    process = multiprocessing.get_context("fork").Process(target=drive, daemon=True)
+    process.start()
     deadline = time.monotonic() + 60
     while not once() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, number)  # to the whole group, as a terminal does
-    assert process.communicate(timeout=100)[1].endswith("stopped: the same command resumes\n")
-    assert process.returncode == 2
+    process.join(100)
+    assert process.exitcode == 2 and capfd.readouterr().err.endswith("stopped: the same command resumes\n")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """The repository that the driver works in, with stand-ins for train.py and eval_passkey.py."""
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *args: None)  # the driver's handlers are not for pytest
     (tmp_path / "data/builtin").mkdir(parents=True)
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "eval_passkey.py").write_text(EVALUATE)
     return tmp_path
 
 
@@ -151,57 +160,43 @@ def last_step(folder, name):
     return json.loads((folder / f"out/tiny/{name}/log.jsonl").read_text().splitlines()[-1])["step"]
 
 
-def test_a_real_run_is_stopped_resumed_and_evaluated(folder, monkeypatch):
+def test_a_real_run_is_stopped_resumed_and_evaluated(folder, capfd, monkeypatch):
     monkeypatch.setitem(experiments.SCALES, "tiny", SMALL)
     for name in ("train.py", "eval_passkey.py"):
+        (folder / name).unlink()
         (folder / name).symlink_to(ROOT / name)
     fox = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 400, dtype=np.uint8).astype(np.uint16)
     prepare.write(folder / "data/fox", get_tokenizer("bytes"), fox, fox[:9000], {"source": "a fox"})
     log, printed = folder / "out/tiny/rope-s0/log.jsonl", folder / "out/tiny/rope-s0.log"
-    stop(folder, signal.SIGTERM, lambda: log.exists() and log.read_text().count("\n") > 5, "fig1", "--runs=rope")
+    stop(capfd, signal.SIGTERM, lambda: log.exists() and log.read_text().count("\n") > 5, "fig1", "--runs=rope")
     step = last_step(folder, "rope-s0")
     assert step < 120 and f"saved at step {step}" in printed.read_text()
 
     assert run("fig1", "--runs=rope") == 0 and f"from step {step}\n" in printed.read_text()
     result = json.loads((folder / "paper/results/tiny/rope-s0.json").read_text())
     assert (result["step"], result["trials"], result["lengths"][-1]) == (120, 2, 8192)
-    assert (folder / "paper/results/tiny/fig1.png").stat().st_size > 10_000
+    assert (folder / "paper/results/tiny/fig1.png").exists()
 
 
-@pytest.fixture
-def stubs(folder):
-    (folder / "train.py").write_text(TRAIN)
-    (folder / "eval_passkey.py").write_text(EVALUATE)
-    return folder
+def test_ctrl_c_lets_every_running_command_save(folder, capfd):
+    out = folder / "out/tiny"
+    stop(capfd, signal.SIGINT, lambda: len(list(out.glob("*/started"))) == 2, "fig1", "--runs=rope,alibi,fope")
+    assert (last_step(folder, "rope-s0"), last_step(folder, "alibi-s0")) == (10, 10)
+    assert not (out / "fope-s0").exists()
 
 
-def test_ctrl_c_lets_every_running_command_save(stubs):
-    started = stubs / "out/tiny"
-    stop(stubs, signal.SIGINT, lambda: len(list(started.glob("*/started"))) == 2, "fig1", "--runs=rope,alibi,fope")
-    assert (last_step(stubs, "rope-s0"), last_step(stubs, "alibi-s0")) == (10, 10)
-    assert not (started / "fope-s0").exists()
-
-
-def test_a_run_that_fails_stops_no_other_run_and_what_is_done_is_not_run_again(stubs, capsys):
+def test_a_run_that_fails_stops_no_other_run_and_what_is_done_is_not_run_again(folder, capsys):
     for name in ("rope-s0", "fope-s0"):
-        (stubs / "out/tiny" / name).mkdir(parents=True)
+        (folder / "out/tiny" / name).mkdir(parents=True)
     status, (out, error) = run("fig1", "--runs=rope,nope,fire,fope"), capsys.readouterr()
     trained = {line.split("--out=out/tiny/")[1].split()[0]: line for line in out.splitlines() if "train.py" in line}
     assert [name for name, line in trained.items() if line.endswith("--resume")] == ["rope-s0", "fope-s0"]
     assert "nope-s0 is not finished, status 3" in error and "fire-s0 is not finished, status 0" in error
-    kept = sorted(path.name for path in (stubs / "paper/results/tiny").glob("*.json"))
+    kept = sorted(path.name for path in (folder / "paper/results/tiny").glob("*.json"))
     assert status == 1 and kept == ["fope-s0.json", "rope-s0.json"]
 
     status, (out, _) = run("fig1", "--runs=rope,fope"), capsys.readouterr()
     assert status == 0 and ".py" not in out and "| fope: passkey | 1 |" in out
-
-
-def test_continuations_of_one_start_follow_each_other_and_train_it_once(stubs, capsys):
-    for name in ("rope-s0", "rope-then-yarn-s0", "rope-then-fope-s0"):
-        (stubs / "out/tiny" / name).mkdir(parents=True)
-    status, (out, _) = run("fig4", "--runs=rope-then-yarn,rope-then-fope"), capsys.readouterr()
-    names = [line.split("out/tiny/")[-1].split()[0] for line in out.splitlines() if ".py " in line]
-    assert status == 0 and names == ["rope-s0"] + 2 * ["rope-then-yarn-s0"] + 2 * ["rope-then-fope-s0"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,7 +208,7 @@ def results(tmp_path, monkeypatch):
     """A copy of the committed results without their tables. report() draws no figure."""
     shutil.copytree(ROOT / "paper/results", tmp_path / "paper/results", ignore=shutil.ignore_patterns("*.md"))
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setattr(experiments.plot, "figure", lambda *args, **options: True)
+    monkeypatch.setattr(experiments.plot, "figure", mock.Mock())
     return tmp_path / "paper/results"
 
 
@@ -223,11 +218,10 @@ def test_committed_tables_follow_from_the_committed_results(table, results):
     assert (results / table.parent.name / table.name).read_text() == table.read_text()
 
 
-def test_figure_6c_is_drawn_against_the_number_of_frequencies(results, monkeypatch):
-    seen = []
-    monkeypatch.setattr(experiments.plot, "figure", lambda *args, varied, xlabel: seen.append(varied))
+def test_figure_6c_is_drawn_against_the_number_of_frequencies(results):
     experiments.report("fig6c", "tiny")
-    assert seen == [{"fope": 16, "fope-d32": 32, "fope-d64": 64, "fope-d128": 128}]
+    varied = experiments.plot.figure.call_args.kwargs["varied"]
+    assert varied == {"fope": 16, "fope-d32": 32, "fope-d64": 64, "fope-d128": 128}
 
 
 def test_results_that_are_not_alike_are_refused_in_one_line(results, capsys):

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def successor_model(folder):
-    """Nothing but embedding and head, made by hand: each byte is followed by the next one."""
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of nothing but embedding and head, made by hand: each byte is followed by the next one."""
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=128, n_hidden=8, vocab_size=320, train_len=16))
     with torch.no_grad():
         model.embedding.weight.copy_(torch.randn(320, 128, generator=torch.Generator().manual_seed(0)).sign())
@@ -23,22 +25,14 @@ def successor_model(folder):
         model.blocks[0].attention.out.weight.zero_()
         model.blocks[0].mlp.down.weight.zero_()
     facts = {"step": 7, "config": asdict(model.cfg) | {"data": "data/builtin"}, "tokenizer": "bytes"}
-    torch.save({**facts, "model": model.state_dict()}, folder / "ckpt.pt")
-    return folder
+    torch.save({**facts, "model": model.state_dict()}, tmp_path / "ckpt.pt")
+    return str(tmp_path)
 
 
-def sample(*arguments, encoding="utf-8"):
-    command, env = [sys.executable, ROOT / "sample.py", *arguments], {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, capture_output=True, encoding=encoding, env=env)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_sample_continues_the_prompt(tmp_path):
-    assert sample(successor_model(tmp_path), "abc", "--tokens=5", "--temperature=0") == (0, "abcdefgh\n", "")
-
-
-def test_a_terminal_that_lacks_a_character_shows_a_replacement(tmp_path):
-    assert sample(successor_model(tmp_path), "\xe9", "--tokens=0", encoding="ascii")[:2] == (0, "?\n")
+def test_the_command_continues_the_prompt_and_replaces_what_the_terminal_lacks(folder):
+    command = [sys.executable, ROOT / "sample.py", folder, "\xe9abc", "--tokens=5", "--temperature=0"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?abcdefgh\n", "")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +45,9 @@ def test_a_terminal_that_lacks_a_character_shows_a_replacement(tmp_path):
         (["MODEL", "abc", "--device=nonsense"], "nonsense"),
     ],
 )
-def test_bad_input_gets_one_line(tmp_path, arguments, words):
-    arguments = [successor_model(tmp_path) if a == "MODEL" else a for a in arguments]
-    status, out, err = sample(*arguments)
-    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("sample.py: ") and words in err
+def test_bad_input_gets_one_line(folder, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["sample.py"])  # the line begins with its name
+    with pytest.raises(SystemExit) as caught:
+        sample.main([folder if a == "MODEL" else a for a in arguments])
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("sample.py: ") and words in err

@@ -206,6 +206,23 @@ def test_scaling_changes_the_frequencies_of_the_model_that_is_measured(data, tmp
     torch.testing.assert_close(model.blocks[0].attention.position.omega, expected)
 
 
+def test_log_n_is_measured_beside_the_plain_model_and_only_beyond_n(data, tmp_path):
+    model = make_model(pos="fope", train_len=256)
+    torch.nn.init.normal_(model.blocks[0].attention.qkv.weight)  # so that attention matters
+    run = save(tmp_path / "toy-fope-s0", model, data)
+    options = ["--trials=2", "--lengths=256,512", "--eval_tokens=2048"]
+    evaluate(run, "--logn=0,2", *options)
+    plain, sharp = (plot.read_result(run / f"{stem}.json") for stem in ("eval", "eval-logn2"))
+    assert (plain["name"], sharp["name"], plain["logn"], sharp["logn"]) == ("toy-fope-s0", "toy-fope-logn2-s0", 0, 2)
+    assert plain["perplexity"][0] == sharp["perplexity"][0] and plain["perplexity"][1] != sharp["perplexity"][1]
+    model.cfg.logn = 2.0
+    other = save(tmp_path / "other-s0", model, data)
+    evaluate(other, *options)  # p comes from the checkpoint
+    measured = ("perplexity", "passkey", "by_depth", "logn")
+    again = plot.read_result(other / "eval-logn2.json")
+    assert [again[name] for name in measured] == [sharp[name] for name in measured]
+
+
 def test_other_data_is_compared_with_the_checkpoints_own(run, data, tmp_path):
     """As the paper trains on books and tests on C4."""
     other = np.frombuffer(b"Another text than that of before, over and over. " * 100, dtype=np.uint8).astype(np.uint16)
@@ -291,6 +308,8 @@ BAD = [  # arguments, and what the line must contain
     ("{d}/run --batch_tokens=0", "--batch_tokens must be"),
     ("{d}/run --eval_tokens=-5", "--eval_tokens must be"),
     ("{d}/run --seed=-1", "--seed must be"),
+    ("{d}/run --logn=-1", "--logn -1"),
+    ("{d}/run --logn=0,inf", "--logn 0,inf"),
     ("{d}/run --scaling=linear --scale=nan", "--scale must be"),
     ("{d}/nope --lengths=256 --scaling=yarn", "use it with rope or fope"),
     ("{d}/yarn --lengths=256 --scaling=linear", "leave --scaling out"),

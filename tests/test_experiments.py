@@ -108,16 +108,16 @@ out.mkdir(parents=True, exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), end(step=10)))
 (out / "started").touch()
 if flags["--pos"] == "nope":
-    end(step=3000, status=3)
+    end(step=1500, status=3)
 if flags["--pos"] == "fire":
     end(step=20)
 if "--resume" not in sys.argv:
     time.sleep(100)
-end(step=3000)
+end(step=1500)
 """
 EVALUATE = f"""import pathlib, shutil, sys
 out = pathlib.Path(sys.argv[1])
-shutil.copy(f"{ROOT}/paper/results/tiny/{{out.name}}.json", out / "eval.json")
+shutil.copy(f"{ROOT}/paper/results/tiny3k/{{out.name}}.json", out / "eval.json")
 """
 
 
@@ -219,14 +219,14 @@ def test_committed_tables_follow_from_the_committed_results(table, results):
 
 
 def test_figure_6c_is_drawn_against_the_number_of_frequencies(results):
-    experiments.report("fig6c", "tiny")
+    experiments.report("fig6c", "tiny3k")
     varied = experiments.plot.figure.call_args.kwargs["varied"]
     assert varied == {"fope": 16, "fope-d32": 32, "fope-d64": 64, "fope-d128": 128}
 
 
 def test_results_that_are_not_alike_are_refused_in_one_line(results, capsys):
-    file = results / "tiny/fope-s1.json"
+    file = results / "tiny3k/fope-s1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"trials": 7}))
     with pytest.raises(SystemExit):
-        experiments.report("fig6c", "tiny")
+        experiments.report("fig6c", "tiny3k")
     assert "not two seeds of one run" in capsys.readouterr().err

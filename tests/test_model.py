@@ -187,14 +187,27 @@ def test_evaluation_takes_256_logits_and_biases_at_a_time(pos, per_query):
     assert largest.numel <= 256 * per_query  # FIRE's MLP has 32 units
 
 
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_log_n_multiplies_each_query_beyond_n_and_no_bias(pos):
+    """In one layer, the logits at a position depend on the query there alone. So its factor can be put on W_q."""
+    model, plain, tokens = loud(pos, n_layer=1, logn=1.5), loud(pos, n_layer=1, logit_scale=0.8), some_tokens(2, 40)
+    weight = plain.blocks[0].attention.qkv.weight[:32]
+    for n in (1, 10, 16, 17, 40):
+        factor = max(math.log(n) / math.log(16), 1.0) ** 1.5
+        with torch.no_grad():
+            weight.mul_(factor / 0.8)
+            near(model(tokens)[:, n - 1], plain(tokens)[:, n - 1])
+            weight.div_(factor / 0.8)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
 
 
-@pytest.mark.parametrize("pos", POSITIONS)
-def test_a_cache_takes_chunks_of_any_size(pos):
+@pytest.mark.parametrize("pos, logn", [*((pos, 0.0) for pos in POSITIONS), ("fope", 1.5)])
+def test_a_cache_takes_chunks_of_any_size(pos, logn):
     """To four times the training length, past 256 keys in one chunk for the masks that come in pieces."""
-    model, tokens = loud(pos, n_kv_head=1), some_tokens(2, 364)
+    model, tokens = loud(pos, n_kv_head=1, logn=logn), some_tokens(2, 364)
     want, cache = model(tokens), model.new_cache()
     chunks = [model(chunk, cache=cache) for chunk in tokens.split([10, 1, 1, 7, 300, 2, 1, 42], dim=1)]
     near(torch.cat(chunks, dim=1), want)
@@ -216,9 +229,9 @@ def test_a_decoding_step_compiles_whole():
         near(torch.cat(steps, dim=1), model(tokens))
 
 
-@pytest.mark.parametrize("pos", POSITIONS)
-def test_greedy_takes_the_most_likely_token_each_time_whatever_the_left_padding(pos):
-    model, tokens, pads = loud(pos, n_kv_head=1), some_tokens(3, 30), torch.tensor([0, 5, 29])
+@pytest.mark.parametrize("pos, logn", [*((pos, 0.0) for pos in POSITIONS), ("fope", 1.5)])
+def test_greedy_takes_the_most_likely_token_each_time_whatever_the_left_padding(pos, logn):
+    model, tokens, pads = loud(pos, n_kv_head=1, logn=logn), some_tokens(3, 30), torch.tensor([0, 5, 29])
     logits, got = model(tokens, pads=pads), model.generate(tokens, 20, pads=pads)
     assert torch.equal(got[:, :30], tokens)
     for b, n in enumerate(pads):

@@ -42,6 +42,7 @@ def test_the_command_continues_the_prompt_and_replaces_what_the_terminal_lacks(f
         (["MODEL", ""], "prompt"),
         (["MODEL", "abc", "--tokens=-1"], "--tokens"),
         (["MODEL", "abc", "--temperature=-1"], "temperature -1"),
+        (["MODEL", "abc", "--logn=nan"], "--logn nan"),
         (["MODEL", "abc", "--device=nonsense"], "nonsense"),
     ],
 )

@@ -4,7 +4,7 @@
     python plot.py out/tiny-*/ --out=compare                many runs in one table and one figure of each kind
     python plot.py out/*/eval.json --title="FoPE extrapolates better than RoPE"
 
-A run folder stands for its eval.json and its log.jsonl. Runs named NAME-s0, NAME-s1, .. are seeds of one run. The table
+A run folder stands for its eval.json, eval-logn*.json and log.jsonl. Runs named NAME-s0, NAME-s1, .. are seeds of one run. The table
 gives their mean and, in parentheses, their range. A single seed's accuracy comes with its 95 % interval in brackets.
 """
 
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     files = []
     for path in args.runs:
-        inside = [path / name for name in ("eval.json", "log.jsonl") if (path / name).is_file()]
+        inside = [*path.glob("eval.json"), *sorted(path.glob("eval-logn*.json")), *path.glob("log.jsonl")]
         if path.is_dir() and not inside:
             parser.error(f"{path} has no eval.json and no log.jsonl: name the folder of a run")
         files += inside or [path]

@@ -252,11 +252,12 @@ def test_a_missing_package_is_named(package, made, monkeypatch, capsys):
     assert f"pip install {package}" in refused(capsys, main, f"a.parquet --tokenizer={made}")
 
 
-def test_files_that_changed_between_runs_are_read_again(capsys):
+@pytest.mark.parametrize("file, some", [("a.jsonl", A[:15]), ("c.jsonl", A)])  # a longer one, and one mended
+def test_a_file_that_changed_between_runs_is_read_again(file, some, capsys):
     write(Path(), {"a.jsonl": lines(A[:10]), "b.jsonl": lines(A[10:20]), "c.jsonl": b"?\n"})
     argv = f"a.jsonl b.jsonl c.jsonl --tokens={len(tokens(A[:20])) + 1}"
     assert "c.jsonl" in refused(capsys, main, argv)
-    write(Path(), {"a.jsonl": lines(A[:15])})  # so that less of b is needed, and nothing of c
+    write(Path(), {file: lines(some)})
     assert main(argv) == main(argv, "another")
 
 

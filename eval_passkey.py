@@ -131,7 +131,7 @@ def check_destination(file: Path, result: dict) -> None:
     if not file.exists():
         return
     old = plot.read_result(file)
-    flags = [f"--{name}={old[name]}" for name in ("trials", "eval_tokens") if old[name] > result[name]]
+    flags = [f"--{name}={old[name]}" for name in ("trials", "eval_tokens") if old.get(name, 0) > result[name]]
     if not set(old["lengths"]) <= set(result["lengths"]):
         flags.append("--lengths=" + ",".join(map(str, sorted({*old["lengths"], *result["lengths"]}))))
     if flags:

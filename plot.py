@@ -4,8 +4,9 @@
     python plot.py out/tiny-*/ --out=compare                many runs in one table and one figure of each kind
     python plot.py out/*/eval.json --title="FoPE extrapolates better than RoPE"
 
-A run folder stands for its eval.json, eval-logn*.json and log.jsonl. Runs named NAME-s0, NAME-s1, .. are seeds of one run. The table
-gives their mean and, in parentheses, their range. A single seed's accuracy comes with its 95 % interval in brackets.
+A run folder stands for its eval.json, eval-logn*.json and log.jsonl. Runs named NAME-s0, NAME-s1, .. are seeds of one
+run. The table gives their mean and, in parentheses, their range. A single seed's accuracy comes with its 95 % interval
+in brackets.
 """
 
 import argparse

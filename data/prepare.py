@@ -335,7 +335,9 @@ def load(folder: str | Path, split: str) -> tuple[np.ndarray, dict]:
     try:
         meta = json.loads(meta_path.read_text()) if meta_path.exists() else nanogpt_facts(folder, path)
         dtype = {"uint16": np.dtype("uint16"), "uint32": np.dtype("uint32")}[meta.get("dtype", "uint16")]
-        meta["tokenizer"], meta["vocab_size"]
+        meta["tokenizer"]
+        if meta["vocab_size"] > 2 ** (8 * dtype.itemsize):
+            fail(f"{meta_path} says {meta['vocab_size']} tokens in {dtype}, which cannot hold them: set its dtype")
         facts = meta.setdefault(split, {"tokens": size // dtype.itemsize, "sha256": sha256})
         if size != facts["tokens"] * dtype.itemsize:
             fail(f"{path} has {size} bytes, and meta.json says {facts['tokens']} tokens: run data/prepare.py again")

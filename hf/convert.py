@@ -51,6 +51,17 @@ def llama_names(cfg: GPTConfig) -> dict[str, list[str]]:
     return {f"{ours}.weight": [f"{name}.weight" for name in theirs] for ours, theirs in names.items()}
 
 
+def in_llama_names(cfg: GPTConfig, ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our weights, or their gradients, cut into the rows of a Llama's."""
+    weights = {}
+    for name, theirs in llama_names(cfg).items():
+        rows = [len(ours[name]) // len(theirs)] * len(theirs)
+        if len(theirs) == 3:  # q, k, v
+            rows = [heads * cfg.head_dim for heads in (cfg.n_head, *[cfg.n_kv_head or cfg.n_head] * 2)]
+        weights |= zip(theirs, ours[name].split(rows))
+    return weights
+
+
 def intern_s1_coefficients(cos_coef: torch.Tensor, sin_coef: torch.Tensor) -> torch.Tensor:
     """FoPE.coef (2, n_kv_head, D, M) from the tensors (n_kv_head, D, M) of Intern-S1-Pro, which contain the identity.
 
@@ -246,12 +257,8 @@ def to_hf(run: Path, work: Path, dtype: str) -> None:
         "eos_token_id": tokenizer.eot,
         "rope_parameters": rope or {"rope_type": "default", "rope_theta": cfg.theta},
     }
-    state, weights = model.state_dict(), {}
-    for ours, theirs in llama_names(cfg).items():
-        rows = [len(state[ours]) // len(theirs)] * len(theirs)
-        if len(theirs) == 3:
-            rows = [heads * cfg.head_dim for heads in (cfg.n_head, *[cfg.n_kv_head or cfg.n_head] * 2)]
-        weights |= zip(theirs, state[ours].to(getattr(torch, dtype)).split(rows))
+    state = model.state_dict()
+    weights = in_llama_names(cfg, {name: x.to(getattr(torch, dtype)) for name, x in state.items()})
     if rope is None:
         classes = {"AutoConfig": "FopeLlamaConfig", "AutoModelForCausalLM": "FopeLlamaForCausalLM"}
         config |= {"architectures": ["FopeLlamaForCausalLM"], "model_type": "fope_llama", "fope": fope_options(model)}

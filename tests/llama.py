@@ -8,27 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hf.convert import in_llama_names
 from model import GPT, PRESETS, GPTConfig
-
-
-def in_llama_names(ours: GPT, value=lambda parameter: parameter.detach()) -> dict[str, torch.Tensor]:
-    """value of each of our parameters under the name that Llama has for it. Both pair (m, m + head_dim/2)."""
-    named = {"model.embed_tokens": value(ours.embedding.weight), "model.norm": value(ours.norm.weight)}
-    if not ours.cfg.tied:
-        named["lm_head"] = value(ours.head.weight)
-    for i, block in enumerate(ours.blocks):
-        layer, attention, mlp = f"model.layers.{i}", f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        rows = [
-            heads * block.attention.head_dim for heads in (block.attention.n_head, *[block.attention.n_kv_head] * 2)
-        ]
-        q, k, v = value(block.attention.qkv.weight).split(rows)
-        gate, up = value(block.mlp.gate_up.weight).chunk(2)
-        named |= {f"{attention}.q_proj": q, f"{attention}.k_proj": k, f"{attention}.v_proj": v}
-        named |= {f"{attention}.o_proj": value(block.attention.out.weight)}
-        named |= {f"{mlp}.gate_proj": gate, f"{mlp}.up_proj": up, f"{mlp}.down_proj": value(block.mlp.down.weight)}
-        named |= {f"{layer}.input_layernorm": value(block.norm1.weight)}
-        named |= {f"{layer}.post_attention_layernorm": value(block.norm2.weight)}
-    return {f"{name}.weight": tensor for name, tensor in named.items()}
 
 
 def llama_of(ours: GPT) -> LlamaForCausalLM:
@@ -37,7 +18,7 @@ def llama_of(ours: GPT) -> LlamaForCausalLM:
     shape = dict(hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer, **heads)
     more = dict(rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, **shape, **more))
-    llama.load_state_dict(in_llama_names(ours), strict=not c.tied)  # tied: lm_head is the embedding
+    llama.load_state_dict(in_llama_names(c, ours.state_dict()), strict=not c.tied)  # tied: lm_head is the embedding
     return llama
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama import in_llama_names, llama_of
+from llama import llama_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf.convert import in_llama_names
 from model import GPT, PRESETS, GPTConfig, find_device, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,7 @@ def test_rope_model_is_llama(n_head, n_kv_head, tied, eps):
     assert ours.n_params() == sum(p.numel() for p in llama.parameters()) - (not tied) * 100 * 48
     loss.backward()
     theirs.loss.backward()
-    for name, gradient in in_llama_names(ours, lambda parameter: parameter.grad).items():
+    for name, gradient in in_llama_names(ours.cfg, {n: p.grad for n, p in ours.named_parameters()}).items():
         torch.testing.assert_close(gradient, llama.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
 
 

@@ -507,6 +507,10 @@ DAMAGED = {  # what the line must match; what becomes of the files of the folder
     "meta.json is a list": ("meta.json is damaged", {"meta.json": b"[]"}),
     "no vocabulary": ("meta.json is damaged", {"meta.json": b'{"tokenizer": "x"}'}),
     "another type": ("meta.json is damaged", {"meta.json": b'{"tokenizer": "x", "vocab_size": 9, "dtype": "int16"}'}),
+    "a type too small": (
+        "100000 tokens in uint16, which cannot hold",
+        {"meta.json": b'{"tokenizer": "x", "vocab_size": 100000, "dtype": "uint16"}'},
+    ),
     "undescribed pickle": ("meta.pkl, a pickle, .*for example", {"meta.json": None, "meta.pkl": b""}),
     "undescribed ids": ("token 50257.*for example", {"meta.json": None, "val.bin": ids([1, 50_257])}),
     "undescribed uint32": ("0 in every second .*for example", {"meta.json": None, "val.bin": ids(GPT2, "uint32")}),

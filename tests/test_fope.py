@@ -181,8 +181,12 @@ def test_loaded_coefficients_replace_the_tables():
 
 
 LEFT_PADDED = torch.tensor([[0] * 5 + list(range(35)), range(40)])
-POSITIONS = [(5, torch.arange(5, 45)), *((n, n) for n in (torch.arange(40).flip(0) * 3, LEFT_PADDED))]
-every_kind_of_positions = pytest.mark.parametrize("positions, n", POSITIONS, ids=["offset", "reversed", "left-padded"])
+BACKWARDS = torch.arange(40).flip(0) * 3
+every_kind_of_positions = pytest.mark.parametrize(
+    "positions, n",  # what the module is given, and where the tokens stand
+    [(5, torch.arange(5, 45)), (BACKWARDS, BACKWARDS), (LEFT_PADDED, LEFT_PADDED)],
+    ids=["offset", "backwards", "left-padded"],
+)
 
 
 @every_kind_of_positions
@@ -197,7 +201,8 @@ def test_positions_are_where_the_tokens_stand(name, positions, n):
 def test_one_token_at_a_time_is_the_whole_at_once():
     q, k = two(2, 3, 150, 32)
     position = make("fope", 3, 32)
-    steps = [position(q[:, :, t : t + 1], k[:, :, t : t + 1], t) for t in range(150)]  # the tables grow on the way
+    steps = [position(q[:, :, t : t + 1], k[:, :, t : t + 1], t) for t in range(150)]
+    assert position.tables[q.device, q.dtype][0].shape[1] == 256  # doubled on the way, not made 150 times
     for got, want in zip(zip(*steps), make("fope", 3, 32)(q, k)):
         near(torch.cat(got, dim=2), want)
 
@@ -212,13 +217,12 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 @pytest.mark.parametrize("name", ["rope", "fope", "alibi"])
 def test_casting_or_emptying_the_module_changes_nothing(name, cast):
-    q, k = two(1, 2, 200, 16)
-    position = nn.Sequential(make(name))
-    if name == "fope":  # loaded coefficients, not the ones that the seed would give again
-        position.load_state_dict({"0.coef": position[0].coef * 2})
-    want = position[0](q, k)
-    for got, x in zip(cast(position)[0](q, k), want):
-        assert torch.equal(got, x)
+    (q, k), position, untouched = two(1, 2, 200, 16), make(name), make(name)
+    if name == "fope":  # as if loaded: not the coefficients that the seed would give again
+        position.coef.mul_(2)
+        untouched.coef.mul_(2)
+    for got, want in zip(cast(nn.Sequential(position))[0](q, k), untouched(q, k)):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["rope", "fope", "alibi"])
@@ -324,19 +328,20 @@ def test_fope_refuses(options, words):
 
 
 @pytest.mark.parametrize(
-    "heads, head_dim, positions, words",
+    "name, heads, head_dim, positions, words",
     [
-        (2, 32, None, "head_dim 16"),
-        (1, 16, None, "n_kv_head 2"),
-        (2, 16, -1, "-1 is"),
-        (2, 16, torch.arange(-1, 39), "-1 is"),
-        (2, 16, torch.tensor(3), "shape"),
+        ("fope", 2, 32, None, "head_dim 16"),
+        ("fope", 1, 16, None, "n_kv_head 2"),
+        ("fope", 2, 16, -1, "-1 is"),
+        ("fope", 2, 16, torch.arange(-1, 39), "-1 is"),
+        ("fope", 2, 16, torch.tensor(3), "shape"),
+        ("alibi", 1, 16, None, "n_head 2"),
     ],
     ids=str,
 )
-def test_fope_refuses_tensors_that_do_not_fit(heads, head_dim, positions, words):
+def test_tensors_that_do_not_fit_are_refused(name, heads, head_dim, positions, words):
     with pytest.raises(ValueError, match=words):
-        make("fope")(*two(1, heads, 40, head_dim), positions)
+        make(name)(*two(1, heads, 40, head_dim), positions)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import torch
 from llama import llama_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from baselines import whole_cycles
+from fope import FoPE, rope_frequencies
 from hf.convert import in_llama_names
 from model import GPT, PRESETS, GPTConfig, find_device, load_model
 
@@ -30,7 +32,9 @@ def loud(pos="fope", **changes):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if ".position." in name:
+            if name.endswith("position.L"):
+                weight.fill_(0.01)  # FIRE: the query's position counts from 5 on, not from 512
+            elif ".position." in name:
                 weight.mul_(3)
             elif weight.dim() == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
@@ -85,6 +89,15 @@ def test_a_seed_gives_all_embeddings_the_same_weights():
         assert all(torch.equal(weight, weights[pos][name]) for pos in POSITIONS), name
     other = GPT(config("nope", seed=4)).embedding.weight
     assert torch.isclose(other, weights["nope"]["embedding.weight"]).float().mean() < 0.01
+
+
+def test_every_option_reaches_the_embedding():
+    options = dict(theta=100.0, train_len=32, sigma=0.7, coef_init="xavier", n_freqs=9, zero_phase=False)
+    position = GPT(config("fope", **options)).blocks[0].attention.position
+    want = FoPE(n_head=2, head_dim=16, seed=1, **options)
+    near(torch.stack(position.reserve(40)), torch.stack(want.reserve(40)))
+    position = GPT(config("rope", whole_cycles=True, scaling="linear", scale=4.0)).blocks[0].attention.position
+    near(position.omega, whole_cycles(rope_frequencies(16, 10.0), 16) / 4)
 
 
 def test_every_layer_of_every_seed_has_its_own_coefficients():

@@ -30,9 +30,17 @@ def folder(tmp_path):
 
 
 def test_the_command_continues_the_prompt_and_replaces_what_the_terminal_lacks(folder):
-    command = [sys.executable, ROOT / "sample.py", folder, "\xe9abc", "--tokens=5", "--temperature=0"]
+    command = [sys.executable, ROOT / "sample.py", folder, "\xe9abc", "--tokens=5", "--temperature=1000", "--top_k=1"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "?abcdefgh\n", "")
+
+
+def test_the_seed_decides_the_sample(folder, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        sample.main([folder, "a", "--temperature=1000", f"--seed={seed}"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize(

@@ -186,26 +186,27 @@ def measure(path: Path, results: list[dict], texts: list[np.ndarray], tokenizer,
     model, _ = load_model(path)
     scale_frequencies(model, args.scaling, args.scale)
     model.to(device)
-    for length, result in [(length, result) for length in results[0]["lengths"] for result in results]:
-        if length <= result["train_len"] and result is not results[0]:  # log n acts beyond N only
-            for name in ("passkey", "by_depth", "perplexity", "perplexity_ratio"):
-                result[name] += results[0][name][-1:]
-            continue
-        model.cfg.logn = result["logn"]
-        before = texts[0][: max(length - result["train_len"], 0)] if args.behind_text else ()
+    for length in results[0]["lengths"]:
+        before = texts[0][: max(length - model.cfg.train_len, 0)] if args.behind_text else ()
         documents, answers, depths = passkey_trials(tokenizer, length, args.trials, args.seed, before)
-        right = passkey_right(model, documents, answers, args.batch_tokens, autocast)
-        perplexities = [perplexity(model, text, length, args.batch_tokens, autocast) for text in texts]
         tenths = np.minimum((depths * 10).astype(int), 9)
-        result["passkey"].append(int(right.sum()))
-        result["by_depth"].append([[int(right[tenths == t].sum()), int((tenths == t).sum())] for t in range(10)])
-        result["perplexity"].append(round(perplexities[0], 4))
-        line = f"{result['name']}  length {length}: perplexity {perplexities[0]:.3f}"
-        if len(texts) > 1:
-            result["perplexity_ratio"].append(round(perplexities[0] / perplexities[1], 4))
-            line += f" ({perplexities[0] / perplexities[1]:.3f} times that on {result['config']['data']})"
-        low, high = plot.wilson(int(right.sum()), args.trials)
-        say(f"{line}, passkey {right.mean():.2f} [{low:.2f}, {high:.2f}]")
+        for result in results:
+            if length <= model.cfg.train_len and result is not results[0]:  # log n acts beyond N only
+                for name in ("passkey", "by_depth", "perplexity", "perplexity_ratio"):
+                    result[name] += results[0][name][-1:]
+                continue
+            model.cfg.logn = result["logn"]
+            right = passkey_right(model, documents, answers, args.batch_tokens, autocast)
+            perplexities = [perplexity(model, text, length, args.batch_tokens, autocast) for text in texts]
+            result["passkey"].append(int(right.sum()))
+            result["by_depth"].append([[int(right[tenths == t].sum()), int((tenths == t).sum())] for t in range(10)])
+            result["perplexity"].append(round(perplexities[0], 4))
+            line = f"{result['name']}  length {length}: perplexity {perplexities[0]:.3f}"
+            if len(texts) > 1:
+                result["perplexity_ratio"].append(round(perplexities[0] / perplexities[1], 4))
+                line += f" ({perplexities[0] / perplexities[1]:.3f} times that on {result['config']['data']})"
+            low, high = plot.wilson(int(right.sum()), args.trials)
+            say(f"{line}, passkey {right.mean():.2f} [{low:.2f}, {high:.2f}]")
     for result in results:
         result["minutes"] = round((time.time() - start) / 60, 2)
 

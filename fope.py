@@ -306,3 +306,17 @@ class NoPE(nn.Module):
 
     def forward(self, q, k, positions=None):
         return q, k
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# log n is no position embedding. softmax spreads over more keys as a text grows. A larger q keeps it focused beyond N:
+#
+#     q * max(1, log n / log N)^p,   n = the number of keys that the query sees
+
+
+def log_n(q: torch.Tensor, positions, train_len: int, p: float) -> torch.Tensor:
+    """Returns q (B, n_head, T, d), scaled. positions: an offset, or a tensor (T,) or (B, T). n is one more."""
+    if not isinstance(positions, torch.Tensor):
+        positions = torch.arange(positions, positions + q.shape[-2], device=q.device)
+    n = (positions + 1).float()[..., None, :, None]  # (1, T, 1) or (B, 1, T, 1)
+    return (q * (n.log() / math.log(max(train_len, 2))).clamp(min=1) ** p).to(q.dtype)

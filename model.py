@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from baselines import FIRE, KERPLE, LearnedBias, scaled, whole_cycles
-from fope import ALiBi, FoPE, NoPE, RoPE, rope_frequencies
+from fope import ALiBi, FoPE, NoPE, RoPE, log_n, rope_frequencies
 
 PRESETS = {  # the paper's names count one embedding matrix
     # The paper's init_std 0.02 is 0.45 / sqrt(n_embd) at 60M. At width 128 it is too small: retrieval starts late.
@@ -68,11 +68,30 @@ class GPTConfig:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+
+FOPE_OPTIONS = ("train_len", "sigma", "coef_init", "n_freqs", "fourier_series", "clip_floor", "zero_phase")
+
+
+def frequencies(cfg: GPTConfig) -> torch.Tensor:
+    """The (d/2,) frequencies of RoPE or FoPE, before FoPE clips any. Raises ValueError."""
+    omega = rope_frequencies(cfg.head_dim, cfg.theta)
+    if cfg.whole_cycles:
+        omega = whole_cycles(omega, cfg.train_len)
+    return scaled(omega, cfg.scaling, cfg.scale, cfg.original_len, head_dim=cfg.head_dim, theta=cfg.theta)
+
+
+def position_seed(cfg: GPTConfig, layer: int) -> int:
+    """Differs from layer to layer, and from the seed of the weights."""
+    return cfg.seed * cfg.n_layer + layer + 1
+
 
 def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
     """The position embedding of one layer. A new one takes two lines here. Raises ValueError."""
-    d = cfg.head_dim
-    seed = cfg.seed * cfg.n_layer + layer + 1  # differs from layer to layer, and from the seed of the weights
+    d, seed = cfg.head_dim, position_seed(cfg, layer)
     if cfg.pos == "nope":
         return NoPE()
     if cfg.pos == "alibi":
@@ -81,17 +100,12 @@ def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
         return KERPLE(n_head=cfg.n_head, seed=seed)
     if cfg.pos == "fire":
         return FIRE(n_head=cfg.n_head, seed=seed)
-    omega = rope_frequencies(d, cfg.theta)
-    if cfg.whole_cycles:
-        omega = whole_cycles(omega, cfg.train_len)
-    omega = scaled(omega, cfg.scaling, cfg.scale, cfg.original_len, head_dim=d, theta=cfg.theta)
+    omega = frequencies(cfg)
     if cfg.pos == "rope":
         return RoPE(head_dim=d, omega=omega)
     if cfg.pos == "fope":
-        names = ("train_len", "sigma", "coef_init", "n_freqs", "fourier_series", "clip_floor", "zero_phase")
-        options = {name: getattr(cfg, name) for name in names}
-        heads = dict(n_head=cfg.n_head, n_kv_head=cfg.n_kv_head or cfg.n_head)
-        return FoPE(**heads, head_dim=d, omega=omega, seed=seed, **options)
+        options = {name: getattr(cfg, name) for name in FOPE_OPTIONS}
+        return FoPE(n_head=cfg.n_head, n_kv_head=cfg.kv_heads, head_dim=d, omega=omega, seed=seed, **options)
     raise ValueError(f"pos {cfg.pos!r} is unknown: use fope, rope, alibi, kerple, fire or nope")
 
 
@@ -99,7 +113,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int):
         super().__init__()
         self.cfg, self.head_dim = cfg, cfg.head_dim
-        self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.n_head, self.n_kv_head = cfg.n_head, cfg.kv_heads
         self.qkv = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * cfg.head_dim, bias=False)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.position = position_embedding(cfg, layer)
@@ -111,7 +125,10 @@ class Attention(nn.Module):
         if self.cfg.qk_norm:
             # On a GPU, autocast makes layer_norm return float32.
             q, k = (F.layer_norm(x, [self.head_dim]).to(v.dtype) for x in (q, k))
-        q = self.sharpen(q, positions)  # a bias (ALiBi, KERPLE, FIRE) is added later and stays as it is
+        if self.cfg.logit_scale != 1:
+            q = q * self.cfg.logit_scale
+        if self.cfg.logn:  # a bias (ALiBi, KERPLE, FIRE) is added later and stays as it is
+            q = log_n(q, positions, self.cfg.train_len, self.cfg.logn)
         q, k = self.position(q, k, positions)  # ALiBi appends channels
         if cache:  # [] is a cache that is still empty
             k, v = torch.cat([cache[0], k], dim=-2), torch.cat([cache[1], v], dim=-2)  # (B, K, past + T, d)
@@ -127,21 +144,6 @@ class Attention(nn.Module):
         else:  # a single query sees all keys of a cache; is_causal would let it see the first key only
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, **options)
         return self.out(y[..., : self.head_dim].transpose(1, 2).reshape(B, T, C))
-
-    def sharpen(self, q, positions):
-        """q times logit_scale, and times (log n / log N)^p for n > N, where n is the number of keys that a query sees.
-
-        softmax spreads over more keys as n grows. This factor keeps attention focused beyond N (paper/README.md).
-        """
-        cfg = self.cfg
-        if cfg.logit_scale != 1:
-            q = q * cfg.logit_scale
-        if cfg.logn:
-            if not isinstance(positions, torch.Tensor):
-                positions = torch.arange(positions, positions + q.shape[-2], device=q.device)
-            n = (positions + 1).float()[..., None, :, None]  # (1, T, 1) or (B, 1, T, 1)
-            q = (q * (n.log() / math.log(max(cfg.train_len, 2))).clamp(min=1) ** cfg.logn).to(q.dtype)
-        return q
 
     def masked(self, q, k, v, past, pads, options):
         """Attention where the fused causal call does not fit: left padding, later chunks of a cache, learned biases.
@@ -197,7 +199,7 @@ class GPT(nn.Module):
         super().__init__()
         if min(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.n_hidden, cfg.vocab_size, cfg.train_len) < 1:
             raise ValueError("n_layer, n_head, n_embd, n_hidden, vocab_size and train_len must be at least 1")
-        if cfg.n_embd % cfg.n_head or cfg.n_head % (cfg.n_kv_head or cfg.n_head):
+        if cfg.n_embd % cfg.n_head or cfg.n_head % cfg.kv_heads:
             raise ValueError(
                 f"n_head {cfg.n_head} must divide n_embd {cfg.n_embd}, and n_kv_head {cfg.n_kv_head} n_head"
             )

@@ -10,7 +10,6 @@ k and v are rows of one matrix here, as are gate and up.
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -19,11 +18,9 @@ from pathlib import Path
 
 import torch
 
-from baselines import scaled, whole_cycles
 from data.files import fail, say
 from data.tokenizer import END, GPT2_PATTERN, JsonTokenizer, get_tokenizer
-from fope import rope_frequencies
-from model import GPT, GPTConfig, load_model
+from model import FOPE_OPTIONS, GPT, GPTConfig, frequencies, load_model, position_seed
 
 try:
     from safetensors import SafetensorError
@@ -57,7 +54,7 @@ def in_llama_names(cfg: GPTConfig, ours: dict[str, torch.Tensor]) -> dict[str, t
     for name, theirs in llama_names(cfg).items():
         rows = [len(ours[name]) // len(theirs)] * len(theirs)
         if len(theirs) == 3:  # q, k, v
-            rows = [heads * cfg.head_dim for heads in (cfg.n_head, *[cfg.n_kv_head or cfg.n_head] * 2)]
+            rows = [heads * cfg.head_dim for heads in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
         weights |= zip(theirs, ours[name].split(rows))
     return weights
 
@@ -168,8 +165,10 @@ def rope_parameters(model: GPT) -> dict | None:
     if cfg.logn or cfg.whole_cycles or (cfg.logit_scale != 1 and cfg.scaling != "yarn"):
         return None
     M, base = len(position.omega), {"rope_type": "default", "rope_theta": cfg.theta}
-    if cfg.pos == "fope" and M < cfg.head_dim // 2 or getattr(position, "coef", None) is not None:
-        if position.coef is not None or position.n_ones or cfg.scaling != "none":
+    if getattr(position, "coef", None) is not None:
+        return None
+    if cfg.pos == "fope" and M < cfg.head_dim // 2:
+        if position.n_ones or cfg.scaling != "none":
             return None
         # transformers rotates the first int(factor * head_dim // 2) pairs. The 0.5 keeps this at M despite rounding
         return base | {"rope_type": "proportional", "partial_rotary_factor": (2 * M + 0.5) / cfg.head_dim}
@@ -185,18 +184,11 @@ def rope_parameters(model: GPT) -> dict | None:
     return scaling
 
 
-def fope_options(model: GPT) -> dict:
+def fope_options(cfg: GPTConfig) -> dict:
     """config.fope of modeling_fope.py. The frequencies are written out: nothing follows from other fields."""
-    cfg = model.cfg
-    omega = rope_frequencies(cfg.head_dim, cfg.theta)
-    if cfg.whole_cycles:
-        omega = whole_cycles(omega, cfg.train_len)
-    omega = scaled(omega, cfg.scaling, cfg.scale, cfg.original_len, head_dim=cfg.head_dim, theta=cfg.theta)
-    names = ("pos", "train_len", "logn", "logit_scale")
-    if cfg.pos == "fope":
-        names += ("sigma", "coef_init", "n_freqs", "fourier_series", "clip_floor", "zero_phase")
-    seed = cfg.seed * cfg.n_layer + 1  # plus the layer, as in model.py
-    return {name: getattr(cfg, name) for name in names} | {"seed": seed, "omega": omega.tolist()}
+    names = ("pos", "logn", "logit_scale", *(FOPE_OPTIONS if cfg.pos == "fope" else ("train_len",)))
+    facts = {"seed": position_seed(cfg, 0), "omega": frequencies(cfg).tolist()}  # modeling_fope.py adds the layer
+    return {name: getattr(cfg, name) for name in names} | facts
 
 
 def tokenizer_files(tokenizer) -> dict[str, bytes]:
@@ -246,7 +238,7 @@ def to_hf(run: Path, work: Path, dtype: str) -> None:
         "intermediate_size": cfg.n_hidden,
         "num_hidden_layers": cfg.n_layer,
         "num_attention_heads": cfg.n_head,
-        "num_key_value_heads": cfg.n_kv_head or cfg.n_head,
+        "num_key_value_heads": cfg.kv_heads,
         "vocab_size": cfg.vocab_size,
         "max_position_embeddings": cfg.train_len,
         "rms_norm_eps": cfg.norm_eps,
@@ -261,7 +253,7 @@ def to_hf(run: Path, work: Path, dtype: str) -> None:
     weights = in_llama_names(cfg, {name: x.to(getattr(torch, dtype)) for name, x in state.items()})
     if rope is None:
         classes = {"AutoConfig": "FopeLlamaConfig", "AutoModelForCausalLM": "FopeLlamaForCausalLM"}
-        config |= {"architectures": ["FopeLlamaForCausalLM"], "model_type": "fope_llama", "fope": fope_options(model)}
+        config |= {"architectures": ["FopeLlamaForCausalLM"], "model_type": "fope_llama", "fope": fope_options(cfg)}
         config["auto_map"] = {auto: f"modeling_fope.{name}" for auto, name in classes.items()}
         coefs = {name: x for name, x in state.items() if name.endswith(".position.coef")}
         weights |= {f"model.layers.{name.split('.')[1]}.self_attn.position.coef": x for name, x in coefs.items()}
@@ -287,14 +279,14 @@ def main(argv: list[str]) -> None:
         fail(f"{args.target} exists: name another folder")
     try:
         args.target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.target.parent) as work:
+        with tempfile.TemporaryDirectory(dir=args.target.parent) as temporary:
+            work = Path(temporary) / "folder"  # complete before it gets its name
+            work.mkdir()
             if args.direction == "from":
-                from_hf(args.source, Path(work), args.target)
+                from_hf(args.source, work, args.target)
             else:
-                to_hf(args.source, Path(work), args.dtype)
-            os.chmod(work, 0o755)  # a temporary folder is private
-            Path(work).rename(args.target)
-            Path(work).mkdir()  # for the end of this block
+                to_hf(args.source, work, args.dtype)
+            work.rename(args.target)
     except (KeyError, TypeError, AttributeError) as error:
         fail(f"{args.source}/config.json is damaged: {error!r}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -4,14 +4,12 @@ Load it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True
 says about the position embedding: pos, omega (the frequencies), logn, logit_scale, train_len, and the options of FoPE.
 """
 
-import math
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from .fope import FoPE, RoPE
+from .fope import FoPE, RoPE, log_n
 
 
 class FopeLlamaConfig(LlamaConfig):
@@ -39,10 +37,9 @@ class FopeLlamaAttention(LlamaAttention):
         B, T, _ = hidden_states.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (f(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2) for f in projections)
-        q, k = self.position(q * self.logit_scale, k, position_ids)
         if self.logn:
-            n = (position_ids + 1).float()[:, None, :, None]  # keys that each query sees, (B, 1, T, 1)
-            q = (q * (n.log() / math.log(self.train_len)).clamp(min=1) ** self.logn).to(q.dtype)
+            q = log_n(q, position_ids, self.train_len, self.logn)
+        q, k = self.position(q * self.logit_scale, k, position_ids)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

@@ -91,11 +91,14 @@ def runs_of(experiment: str, scale: str) -> list[str]:
     return [f"books-{run}" if books else run for run in EXPERIMENTS[experiment]]
 
 
+def torchrun() -> str:
+    return f"torchrun --standalone --nproc_per_node={max(torch.cuda.device_count(), 1)}"
+
+
 def commands(run: str, seed: int, scale: str, trials: int) -> dict[str, str]:
     """The commands of a run in their order, and the folder that each works in."""
     flags = flags_of_runs(configure(parse_flags(SCALES[scale].split())))
-    gpus = max(torch.cuda.device_count(), 1)
-    python = "python" if scale in MINIATURES else f"torchrun --standalone --nproc_per_node={gpus}"
+    python = "python" if scale in MINIATURES else torchrun()
     books, start, lines = run.startswith("books-"), run.split("-then-")[0], {}
     for name in dict.fromkeys([start, run]):
         out = f"out/{scale}/{name}-s{seed}"
@@ -114,7 +117,7 @@ def table1() -> list[str]:
 
     The paper does not name the text, the number of tokens or the learning rate. These are ours.
     """
-    gpus, data = max(torch.cuda.device_count(), 1), "data/gutenberg-smollm"
+    data = "data/gutenberg-smollm"
     tasks = ",".join(f"longbench_{task}_e" for task in ("gov_report", "multi_news", "trec", "triviaqa", "samsum"))
     lines = [
         "hf download HuggingFaceTB/SmolLM-1.7B --local-dir SmolLM-1.7B",
@@ -124,7 +127,7 @@ def table1() -> list[str]:
     for pos in ("fope", "rope"):
         out = f"out/table1-{pos}"
         lines += [
-            f"torchrun --standalone --nproc_per_node={gpus} train.py --init_from=out/smollm --pos={pos} --sigma=0.6 "
+            f"{torchrun()} train.py --init_from=out/smollm --pos={pos} --sigma=0.6 "
             f"--train_len=4096 --data={data} --batch_tokens=524288 --steps=1907 --warmup=95 --lr=1e-4 --recompute "
             f"--eval_trials=0 --out={out}",
             f"python -m hf.convert to {out} {out}-hf --dtype=bfloat16",

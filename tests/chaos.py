@@ -70,7 +70,7 @@ def chaos(folder, argv, rounds, seed):
     begin = time.time()
     assert Run(folder, [*argv, f"--out={calm}"]).end()[0] == 0
     seconds = time.time() - begin
-    for way in rng.choices(WAYS, k=rounds) if rounds < len(WAYS) else rng.sample(WAYS * 2, rounds):
+    for way in rng.choices(WAYS, k=rounds):
         run = Run(folder, [*argv, f"--out={out}", *["--resume"] * out.exists()])
         run.started.wait(120)
         time.sleep(rng.random() * 2 * seconds / rounds)

@@ -14,7 +14,7 @@ from model import GPT, PRESETS, GPTConfig
 
 def llama_of(ours: GPT) -> LlamaForCausalLM:
     c = ours.cfg
-    heads = dict(num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head or c.n_head)
+    heads = dict(num_attention_heads=c.n_head, num_key_value_heads=c.kv_heads)
     shape = dict(hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer, **heads)
     more = dict(rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, **shape, **more))

@@ -2,7 +2,11 @@
 
 import base64
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -14,6 +18,7 @@ from data import prepare, tokenizer
 from fope import FoPE, rope_frequencies
 from hf import convert
 from model import GPT, GPTConfig, load_checkpoint, load_model
+from paper import experiments
 
 transformers = pytest.importorskip("transformers")
 N = 64
@@ -214,6 +219,65 @@ def test_an_exported_tokenizer_has_our_tokens(tmp_path):
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         assert theirs(words)["input_ids"] == ours.encode_ordinary(words)
         assert theirs.decode(theirs(words)["input_ids"]) == words and theirs.eos_token_id == ours.eot
+
+
+def test_table_1_runs_on_a_small_llama(tmp_path):
+    """Every kind of command of `experiments.py table1`, at N = 64. The oracle of lm_eval's answers is our GPT."""
+    llama(tmp_path / "llama", num_key_value_heads=2)
+    words = " ".join(f"word {i}" for i in range(500))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": words[i:]}) + "\n" for i in range(20)))
+    questions, choices = [f"What is {i} plus {i}?" for i in range(4)], ["one", "two", "three"]
+    (tmp_path / "q.jsonl").write_text(
+        "".join(json.dumps({"question": q, "choices": choices}) + "\n" for q in questions)
+    )
+    shared = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}},
+              "test_split": "test", "doc_to_text": "{{question}}"}  # fmt: skip
+    chooses = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": 0,
+               "metric_list": [{"metric": "acc"}]}  # fmt: skip
+    writes = {"output_type": "generate_until", "doc_to_target": "one", "metric_list": [{"metric": "exact_match"}],
+              "generation_kwargs": {"until": ["<|endoftext|>"], "max_gen_toks": 4}}  # fmt: skip
+    for task, own in {"chooses": chooses, "writes": writes}.items():
+        (tmp_path / f"{task}.yaml").write_text(json.dumps({"task": task} | shared | own))  # YAML contains JSON
+
+    smaller = {
+        "SmolLM-1.7B": f"{tmp_path}/llama",
+        "gutenberg --tokens=1e9": f"{tmp_path}/text.jsonl",
+        "data/gutenberg-smollm": f"{tmp_path}/data",
+        "out/": f"{tmp_path}/out/",
+        "--train_len=4096": "--train_len=64",
+        "--batch_tokens=524288 --steps=1907 --warmup=95": "--batch_tokens=256 --steps=3 --warmup=1 --compile=off",
+        "--dtype=bfloat16": "--dtype=float32",  # what lm_eval then computes in
+        "max_length=32768": "max_length=256",
+        "--log_samples": f"--include_path {tmp_path} --device cpu --log_samples",
+        "python ": f"{sys.executable} ",
+        "torchrun ": f"{sys.executable} -m torch.distributed.run ",
+        "lm_eval ": f"{sys.executable} -m lm_eval ",
+    }
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
+    for line in experiments.table1()[1:6]:  # without the download, and up to RoPE's commands
+        for old, new in smaller.items():
+            line = line.replace(old, new)
+        line = re.sub(r"--tasks \S+", "--tasks chooses,writes", line)
+        run = subprocess.run(line.split(), env=os.environ | offline, cwd=convert.ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+    answers = {}
+    for task in ("chooses", "writes"):
+        (file,) = tmp_path.glob(f"out/table1-fope-scores/*/samples_{task}_*.jsonl")
+        samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        answers[task] = [[answer for (answer,) in sample["resps"]] for sample in samples]
+    ours, checkpoint = load_model(tmp_path / "out/table1-fope")
+    assert (ours.cfg.pos, ours.cfg.sigma, checkpoint["step"]) == ("fope", 0.6, 3)
+    for question, likelihoods, (text,) in zip(questions, answers["chooses"], answers["writes"], strict=True):
+        prompt = torch.tensor([list(question.encode())])
+        written = ours.generate(prompt, 4)[0, len(question) :].tolist()
+        assert bytes(x for x in written if x < 256).decode(errors="replace") == text
+        for choice, (likelihood, _) in zip(choices, likelihoods, strict=True):
+            answer = torch.tensor([list(f" {choice}".encode())])
+            with torch.no_grad():
+                logits = ours(torch.cat([prompt, answer], 1))[0, len(question) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(-1, answer[0, :, None]).sum()
+            assert abs(float(likelihood) - expected) < 1e-3
 
 
 def test_intern_s1_coefficients_give_its_attention():

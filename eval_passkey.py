@@ -243,6 +243,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--batch_tokens", type=int, default=16_384, help="tokens per forward pass, for less memory (default: 16384)")
     add("--out", type=Path, help="folder for the table and the figure (default: the one that holds all checkpoints)")
+    add("--reference", nargs="+", type=Path, default=[], help="results of other runs: dashed lines in the figure")
     add("--seed", type=int, default=0, help="seed of the keys and their depths (default: 0)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", help="auto, bfloat16 or float32")
@@ -273,6 +274,10 @@ def main(argv: list[str]) -> None:
             lengths = plans[-1][0][0]["lengths"]
         results = [result for some, _, _ in plans for result in some]
         plot.group(results)
+        references = [plot.read_result(file) for file in args.reference]
+        plot.group(references)
+        for other in (reference["file"] for reference in references if reference["lengths"] != lengths):
+            raise ValueError(f"{other} has other lengths than {results[0]['file']}: leave it out of --reference")
         out = args.out or Path(os.path.commonpath([Path(result["file"]).parent for result in results]))
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -297,7 +302,7 @@ def main(argv: list[str]) -> None:
         written.append(f"{out}/{args.stem}.md")
     except OSError as error:
         problems.append(f"{out}/{args.stem}.md could not be written: {error}")
-    if plot.figure(results, out / f"{args.stem}.png"):
+    if plot.figure(results, out / f"{args.stem}.png", reference=references):
         written.append(f"{out}/{args.stem}.png")
     say(f"\n{text}\n\nwritten: {', '.join(written)}")
     if problems:

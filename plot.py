@@ -190,14 +190,18 @@ def label_ends(axis, lines: list) -> None:
 
 
 @best_effort
-def figure(results: list[dict], path: Path, title: str = "", xlabel: str = "length in tokens", varied=None) -> None:
+def figure(
+    results: list[dict], path: Path, title: str = "", xlabel: str = "length in tokens", varied=None, reference=()
+) -> None:
     """Passkey accuracy and perplexity against length: each group's mean, and a band over the range of its seeds.
 
-    With `varied` {group: value}, both are drawn against that value instead, with a line for each length.
+    With `varied` {group: value}, both are drawn against that value instead, with a line for each length. `reference`:
+    results of other runs at the same lengths, drawn dashed to compare with.
     """
     from matplotlib.ticker import LogFormatter
 
     groups, lengths = group(results), results[0]["lengths"]
+    groups |= {f"{name} reference": runs for name, runs in group(list(reference)).items()}
     train_lens = sorted({result["train_len"] for result in results})
     fig, axes = panels(2, len(lengths if varied else groups), title)
     for axis, ylabel in zip(axes, ("passkey accuracy", "validation perplexity")):
@@ -227,6 +231,8 @@ def figure(results: list[dict], path: Path, title: str = "", xlabel: str = "leng
         lines = []
         for i, (label, points) in enumerate(curves.items()):
             look = style(label.split()[0], i, any("-logn" in name for name in groups))
+            if " reference" in label:
+                look |= dict(linewidth=1, linestyle="--")
             lines += axis.plot(points.keys(), [np.mean(seeds) for seeds in points.values()], label=label, **look)
             low, high = zip(*((min(seeds), max(seeds)) for seeds in points.values()))
             axis.fill_between(list(points), low, high, color=look["color"], alpha=0.2, linewidth=0)

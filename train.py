@@ -609,6 +609,12 @@ def main() -> None:
         plot.loss_figure([Path(cfg.out) / "log.jsonl"], Path(cfg.out) / "loss.png")
         if finished and cfg.eval_trials:
             options = [f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}", "--logn=0,2"]
+            if cfg.model == "tiny" and cfg.train_len == 512:  # the lengths of the committed results
+                committed = Path(__file__).parent / "paper/results/tiny"
+                files = [
+                    str(f) for pos in ("rope", "alibi", "kerple") for f in sorted(committed.glob(f"{pos}-s?.json"))
+                ]
+                options += ["--reference", *files] if files else []
             eval_passkey.main([cfg.out, *options])
     if "RANK" in os.environ:
         # DDP never releases its process group. gloo's threads outlive it, and sometimes abort the process at its end.

@@ -49,7 +49,9 @@ EXPERIMENTS = {  # the runs of each, in the order of the paper's legend
     "fig6c": ["fope", "fope-d32", "fope-d64", "fope-d128"],
     "table2": ["rope", "rope-qknorm", "rope-a", "rope-a-qknorm", "nope", "nope-qknorm"],
     "release": ["fope", "fope-release", "fope-normal"],
+    "logn": ["alibi", "kerple", "rope", "fope", "fope-no-fs", "fope-no-cf"],
 }
+LOGN = {"fig1": ["rope", "fope"], "logn": EXPERIMENTS["logn"]}  # runs whose results with log n, p = 2, are shown too
 SIGMAS = dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))
 DS = dict(zip(EXPERIMENTS["fig6c"], (16, 32, 64, 128)))
 VARIED = {  # figures whose x axis is not the length
@@ -108,7 +110,7 @@ def commands(run: str, seed: int, scale: str, trials: int) -> dict[str, str]:
         line += f" --seed={seed} --out={out} --eval_trials=0"
         line += " --resume" if (ROOT / out).exists() else ""
         lines[line] = out
-    line = f"python eval_passkey.py {out} --lengths={LENGTHS} --trials={trials}"
+    line = f"python eval_passkey.py {out} --lengths={LENGTHS} --trials={trials} --logn=0,2"
     return lines | {f"{line} --data=data/c4" if books else line: out}
 
 
@@ -146,10 +148,12 @@ def done(out: str, line: str) -> bool:
     if "train.py" in line:  # a training that a signal stopped has status 0 too
         last = json.loads((ROOT / out / "log.jsonl").read_text().splitlines()[-1])
         return last["step"] == configure(parse_flags(line.split("train.py ")[1].split())).steps
-    result = (ROOT / out / ("eval-on-c4.json" if "--data=" in line else "eval.json")).read_bytes()
-    kept = ROOT / f"paper/results/{out.removeprefix('out/')}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(kept, lambda file: file.write(result))
+    stem, (run, seed) = "eval-on-c4" if "--data=" in line else "eval", out.removeprefix("out/").rsplit("-s", 1)
+    for logn in ("-logn2", ""):  # the one without comes last: it says that the run is done
+        result = (ROOT / out / f"{stem}{logn}.json").read_bytes()
+        kept = ROOT / f"paper/results/{run}{logn}-s{seed}.json"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, lambda file, content=result: file.write(content))
     say(f"done: {kept}")
     return True
 
@@ -198,7 +202,8 @@ def carry_out(workers: list) -> None:
 def report(experiment: str, scale: str) -> None:
     """Writes the experiment's table and figure, from every seed that has a result."""
     folder, title = ROOT / "paper/results" / scale, TITLES.get((experiment, scale), "")
-    files = [file for run in runs_of(experiment, scale) for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
+    runs = runs_of(experiment, scale) + [f"{run}-logn2" for run in LOGN.get(experiment, ())]
+    files = [file for run in runs for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
     try:
         found = [plot.read_result(file) for file in files]
         if not found:

@@ -117,7 +117,8 @@ end(step=1500)
 """
 EVALUATE = f"""import pathlib, shutil, sys
 out = pathlib.Path(sys.argv[1])
-shutil.copy(f"{ROOT}/paper/results/tiny3k/{{out.name}}.json", out / "eval.json")
+for name in ("eval.json", "eval-logn2.json"):
+    shutil.copy(f"{ROOT}/paper/results/tiny3k/{{out.name}}.json", out / name)
 """
 
 
@@ -193,7 +194,7 @@ def test_a_run_that_fails_stops_no_other_run_and_what_is_done_is_not_run_again(f
     assert [name for name, line in trained.items() if line.endswith("--resume")] == ["rope-s0", "fope-s0"]
     assert "nope-s0 is not finished, status 3" in error and "fire-s0 is not finished, status 0" in error
     kept = sorted(path.name for path in (folder / "paper/results/tiny").glob("*.json"))
-    assert status == 1 and kept == ["fope-s0.json", "rope-s0.json"]
+    assert status == 1 and kept == [f"{name}-s0.json" for name in ("fope-logn2", "fope", "rope-logn2", "rope")]
 
     status, (out, _) = run("fig1", "--runs=rope,fope"), capsys.readouterr()
     assert status == 0 and ".py" not in out and "| fope: passkey | 1 |" in out

@@ -165,6 +165,12 @@ def test_labels_at_the_ends_do_not_overlap(tmp_path, count):
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_reference_results_are_dashed_lines_beside_a_run_of_the_same_name(tmp_path):
+    axes = drawn(plot.figure, RESULTS[:1], tmp_path / "eval.png", reference=RESULTS[:3]).axes
+    lines = {line.get_label(): line.get_linestyle() for line in axes[0].lines if line.get_label()[0] != "_"}
+    assert lines == {"small-fope (n=1)": "-", "small-fope reference (n=3)": "--"}
+
+
 def test_figure_against_what_is_varied_has_a_line_for_each_length(tmp_path):
     varied = {"small-rope": 0, "small-fope": 0.3}
     axes = drawn(plot.figure, RESULTS[:4], tmp_path / "eval.png", xlabel="sigma", varied=varied).axes

@@ -1,0 +1,141 @@
+"""What trained models do: the size of q and k, the attention on a passkey, the loss at each position.
+
+    python paper/measure.py qk out/tiny-rope-s0 out/tiny-fope-s0           -> paper/results/qk_means.json
+    python paper/measure.py attention out/tiny-rope-s* out/tiny-fope-s*    -> paper/results/attention.json
+    python paper/measure.py loss out/smollm out/smollm-fope --data=data/essay --length=16384
+                                                                           -> paper/results/loss_by_position.json
+
+figures.py draws what these files hold.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from baselines import LearnedBias
+from data.files import fail, say
+from data.prepare import load
+from data.tokenizer import get_tokenizer
+from eval_passkey import passkey_trials
+from model import GPT, load_model
+
+RESULTS = ROOT / "paper/results"
+
+
+def mean_qk(model: GPT, checkpoint: dict) -> dict:
+    """Mean |q| and |k| before rotation, by layer, head and dimension, over 64 validation sequences."""
+    N, seen = model.cfg.train_len, []  # (q, k) of each layer, each (n_head, head_dim)
+    tokens, _ = load(checkpoint["config"]["data"], "val")
+    for block in model.blocks:
+        block.attention.position.register_forward_pre_hook(
+            lambda module, args: seen.append([x.abs().mean((0, 2)) for x in args[:2]])
+        )
+    model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N))
+    return {name: np.round([layer[i].tolist() for layer in seen], 3).tolist() for i, name in enumerate("qk")}
+
+
+def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dict]:
+    """How the queries that must name a digit of the key attend to the tokens of the key, by layer and head.
+
+    share: the part of the attention on the key's digits. lead: the logit of the digit to copy above the mean of the
+    other tokens. spread: the standard deviation of the other tokens.
+    """
+    cfg, N = model.cfg, model.cfg.train_len
+    tokenizer, seen = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"]), []
+    for block in model.blocks:
+        block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
+    rows = []
+    for length in (N * m for m in (1, 2, 4, 8, 16)):
+        documents, answers, depths = passkey_trials(tokenizer, length, trials, 0)
+        for p in (0.0, 2.0) if length > N else (0.0,):
+            cfg.logn, found = p, []
+            for document in documents:
+                seen.clear()
+                model(torch.from_numpy(document[None, :-1].astype(np.int64)), last=1)
+                text = bytes(document.astype(np.uint8))
+                key = text[-5:]
+                first = text.index(key)
+                places = [first, text.index(key, first + 5)]  # the information line names the key twice
+                digits = torch.tensor([place + i for place in places for i in range(5)])
+                found.append([share_and_lead(*layer, digits, cfg.head_dim) for layer in seen])
+            share, lead, spread = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
+            rows.append({"length": length, "p": p, "share": share, "lead": lead, "spread": spread})
+    return rows
+
+
+def share_and_lead(position, q: torch.Tensor, k: torch.Tensor, digits: torch.Tensor, head_dim: int) -> list:
+    """Of one document: share, lead and spread of each head. q, k (1, n_head, T, d) are rotated; digits (10,)."""
+    T = k.shape[-2]
+    i, j = torch.arange(T - 5, T)[:, None], torch.arange(T)
+    logits = (q[0, :, -5:] @ k[0].mT) / head_dim**0.5  # (n_head, 5, T): the five queries that must name a digit
+    if isinstance(position, LearnedBias):
+        logits = logits + position.bias(i, j)
+    logits = logits.masked_fill(j > i, -torch.inf)
+    share = logits.softmax(-1)[..., digits].sum(-1).mean(-1)
+    own = torch.stack([logits[:, i, digits[[i, i + 5]]].mean(-1) for i in range(5)], -1)  # (n_head, 5)
+    others = torch.ones(T, dtype=torch.bool)
+    others[digits], others[-5:] = False, False
+    others = logits[..., others]
+    return [x.tolist() for x in (share, (own - others.mean(-1)).mean(-1), others.std(-1).mean(-1))]
+
+
+def loss_by_position(model: GPT, data: str, split: str, length: int, windows: int, bins: int = 16) -> list[float]:
+    """Mean loss in nats in each of `bins` equal pieces of `length` tokens, over the first `windows` texts."""
+    tokens, _ = load(data, split)
+    hidden, total = [], torch.zeros(length)
+    model.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0]))
+    for i in range(windows):
+        both = torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64))
+        hidden.clear()
+        model(both[None, :-1], last=1)
+        pieces = zip(hidden[0].split(256), both[1:].split(256))  # the logits of all tokens would take gigabytes
+        total += torch.cat([F.cross_entropy(model.head(x), y, reduction="none") for x, y in pieces])
+    return (total / windows).view(bins, -1).mean(-1).round(decimals=4).tolist()
+
+
+@torch.no_grad()
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("what", choices=("qk", "attention", "loss"))
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py or hf.convert wrote")
+    parser.add_argument("--data", help="loss: folder with the text")
+    parser.add_argument("--split", default="val", choices=("train", "val"), help="loss: of that folder (default: val)")
+    parser.add_argument("--length", type=int, default=16_384, help="loss: tokens (default: 16384)")
+    parser.add_argument("--windows", type=int, default=2, help="loss: how many texts of that length (default: 2)")
+    args = parser.parse_args(argv)
+    file = RESULTS / {"qk": "qk_means.json", "attention": "attention.json", "loss": "loss_by_position.json"}[args.what]
+    results = json.loads(file.read_text()) if file.exists() else {}  # a run that is measured again replaces its own
+    for run in args.runs:
+        try:
+            model, checkpoint = load_model(run)
+        except ValueError as error:
+            fail(str(error))
+        facts = {
+            "pos": model.cfg.pos,
+            "step": checkpoint["step"],
+            "seed": model.cfg.seed,
+            "train_len": model.cfg.train_len,
+        }
+        if args.what == "qk":
+            found = mean_qk(model, checkpoint)
+        elif args.what == "attention":
+            found = {"rows": attention_on_key(model, checkpoint)}
+        else:
+            found = {"data": args.data, "length": args.length, "windows": args.windows,
+                     "loss": loss_by_position(model, args.data, args.split, args.length, args.windows)}  # fmt: skip
+        results[run.name] = facts | found
+        file.write_text(json.dumps(results) + "\n")
+        say(f"{run} is in {file}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,7 +1,8 @@
 """The figures that explain RoPE and FoPE in the frequency domain. One function draws and returns one figure.
 
     python paper/figures.py                                      draw all of them into paper/figures
-    python paper/figures.py out/tiny-rope-s0 out/tiny-fope-s0    measure |q| and |k| in these two models first
+
+The last ones show what measure.py found in trained models.
 
 In all figures, FoPE is the thick colored line and RoPE is black. N is the training length in tokens, theta the base of
 the frequencies, and sigma the size of FoPE's coefficients. A notebook can call each function with other values.
@@ -19,13 +20,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.files import fail
-from data.prepare import load
 from fope import FoPE, RoPE, rope_frequencies
-from model import load_model
 
-FOLDER = ROOT / "paper/figures"
-QK_MEANS = ROOT / "paper/results/qk_means.json"
+FOLDER, RESULTS = ROOT / "paper/figures", ROOT / "paper/results"
 FOPE = dict(color="#d55e00", linewidth=4)
 matplotlib.rcParams.update(
     {"font.size": 12, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False}
@@ -219,31 +216,11 @@ def decay(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Figure:
     return fig
 
 
-@torch.no_grad()
-def measure_qk(folders: list[str]) -> None:
-    """Writes the mean |q| and |k| before rotation, by layer, head and dimension, over 64 validation sequences."""
-    means = {}
-    for folder in folders:
-        try:
-            model, checkpoint = load_model(folder)
-        except ValueError as error:
-            fail(str(error))
-        N, seen = model.cfg.train_len, []  # (q, k) of each layer, each (n_head, head_dim)
-        tokens, _ = load(checkpoint["config"]["data"], "val")
-        for block in model.blocks:
-            block.attention.position.register_forward_pre_hook(
-                lambda module, args, seen=seen: seen.append([x.abs().mean((0, 2)) for x in args[:2]])
-            )
-        model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N))
-        q, k = (np.round([layer[i].tolist() for layer in seen], 3).tolist() for i in (0, 1))
-        means[model.cfg.pos] = {"q": q, "k": k, "step": checkpoint["step"], "seed": model.cfg.seed}
-    QK_MEANS.write_text(json.dumps(means) + "\n")
-
-
 def trained_pairs(N: int = 512, theta: float = 10_000.0) -> Figure:
-    """The paper's Figure 7 (there in Llama-2-7B), from what measure_qk() wrote."""
+    """The paper's Figure 7 (there in Llama-2-7B)."""
     fig, axes = panels(2, "After training, |k| is largest near the floor", 2.8)
-    for axis, (pos, run) in zip(axes, json.loads(QK_MEANS.read_text()).items()):
+    for axis, run in zip(axes, json.loads((RESULTS / "qk_means.json").read_text()).values()):
+        pos = run["pos"]
         q, k = (np.array(run[name]) for name in ("q", "k"))  # (layers, heads, head_dim)
         q, k = (x.reshape(-1, 2, x.shape[-1] // 2).mean((0, 1)) for x in (q, k))  # pair m is (m, m + head_dim / 2)
         axis.plot(q, color="0.6", label="|q|")
@@ -256,12 +233,45 @@ def trained_pairs(N: int = 512, theta: float = 10_000.0) -> Figure:
     return fig
 
 
-def main(folders: list[str]) -> None:
+def attention_on_key() -> Figure:
+    """The head whose share is largest at N, kept for all lengths. Mean over the seeds, and a band over their range."""
+    fig, (axis,) = panels(1, "Attention on the key fades with length.\nWith log n, it fades later", 4)
+    runs = json.loads((RESULTS / "attention.json").read_text()).values()
+    for pos, look in (("rope", dict(color="black", linewidth=2)), ("fope", FOPE)):
+        curves = {0.0: {}, 2.0: {}}  # p: length: one share per seed
+        for run in (run for run in runs if run["pos"] == pos):
+            at_n = np.array(run["rows"][0]["share"])
+            layer, head = np.unravel_index(at_n.argmax(), at_n.shape)
+            for row in run["rows"]:
+                for p in (0.0, 2.0) if row["length"] == run["train_len"] else (row["p"],):
+                    curves[p].setdefault(row["length"], []).append(row["share"][layer][head])
+        for p, points in curves.items():
+            values = list(points.values())
+            label = f"{pos}, {'p = 2' if p else 'without log n'} (n={len(values[0])})"
+            dash = dict(linestyle="-" if p else "--", linewidth=look["linewidth"] if p else 1.5)
+            axis.plot(list(points), [np.mean(v) for v in values], label=label, marker="o", **look | dash)
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(list(points), low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(points), [str(length) for length in points])
+    axis.set(xlabel="length in tokens", ylabel="share of the attention\non the key's digits", ylim=(-0.03, 1.03))
+    axis.legend()
+    return fig
+
+
+def main() -> None:
     torch.set_num_threads(1)  # many small operations: more threads would wait for each other
-    if folders:
-        measure_qk(folders)
     FOLDER.mkdir(exist_ok=True)
-    for draw in (frequencies, truncation, mixing, blind_coefficients, both_positions, decay, trained_pairs):
+    for draw in (
+        frequencies,
+        truncation,
+        mixing,
+        blind_coefficients,
+        both_positions,
+        decay,
+        trained_pairs,
+        attention_on_key,
+    ):
         draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=200)
         print(f"written: {FOLDER / draw.__name__}.png")
     print("\ndeparture of the logit from a function of distance, N = 512, five draws: mean (range)")
@@ -277,4 +287,4 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

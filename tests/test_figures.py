@@ -1,6 +1,5 @@
 """paper/figures.py: what the figures show, against sums written out."""
 
-import json
 import math
 
 import matplotlib.text
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from fope import FoPE, RoPE
-from model import GPT, GPTConfig
 from paper import figures
 
 
@@ -105,24 +103,6 @@ def test_departure_is_the_share_of_the_logit_that_is_no_function_of_distance(opt
     expected = share_off_diagonals(position, 24)
     assert (expected > 0.01) == (position.coef.abs().max() > 0)  # without coefficients, FoPE is RoPE
     assert figures.departure(position, 24) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def test_measured_means_are_those_of_q_and_k(tmp_path, monkeypatch):
-    cfg = GPTConfig(pos="rope", n_layer=1, vocab_size=64, n_hidden=16)
-    model, tokens = GPT(cfg), np.random.default_rng(0).integers(0, 64, 64 * 512 + 1).astype(np.uint16)
-    tokens.tofile(tmp_path / "val.bin")
-    checkpoint = {"step": 7, "config": vars(cfg) | {"data": str(tmp_path)}, "tokenizer": "gpt2"}
-    torch.save(checkpoint | {"model": model.state_dict()}, tmp_path / "ckpt.pt")
-    monkeypatch.setattr(figures, "QK_MEANS", tmp_path / "means.json")
-    figures.measure_qk([str(tmp_path)])
-    found = json.loads((tmp_path / "means.json").read_text())["rope"]
-
-    x = model.embedding.weight[torch.from_numpy(tokens[:-1].astype(np.int64))]
-    normed = x * (x.square().mean(-1, keepdim=True) + 1e-6) ** -0.5
-    q, k, _ = (normed @ model.blocks[0].attention.qkv.weight.T).split(128, dim=-1)
-    for name, expected in (("q", q), ("k", k)):
-        assert np.array(found[name]).reshape(128) == pytest.approx(expected.abs().mean(0).detach().numpy(), abs=6e-4)
-    assert (found["step"], found["seed"]) == (7, 0)
 
 
 OTHER_VALUES = [

@@ -1,0 +1,101 @@
+"""paper/measure.py: against sums written out and against attention weights that transformers computes."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import KERPLE
+from data.tokenizer import get_tokenizer
+from eval_passkey import passkey_trials
+from hf import convert
+from model import GPT, GPTConfig
+from paper import measure
+
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, n_hidden=32, vocab_size=320, train_len=512, init_std=0.3)
+
+
+def run(folder, tokens=(), **options):
+    """A run folder with a random model and a data folder of these tokens."""
+    cfg = GPTConfig(**SHAPE | options)
+    model = GPT(cfg).eval()
+    folder.mkdir()
+    np.array(tokens, np.uint16).tofile(folder / "val.bin")
+    facts = {"step": 7, "tokenizer": "bytes", "config": asdict(cfg) | {"data": str(folder)}}
+    torch.save(facts | {"model": model.state_dict()}, folder / "ckpt.pt")
+    return model
+
+
+def test_measured_means_are_those_of_q_and_k(tmp_path, monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, 64, 64 * 512 + 1)
+    model = run(tmp_path / "run", tokens, pos="rope", n_layer=1)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    measure.main(["qk", str(tmp_path / "run")])
+    found = json.loads((tmp_path / "qk_means.json").read_text())["run"]
+    x = model.embedding.weight[torch.from_numpy(tokens[:-1])]
+    normed = x * (x.square().mean(-1, keepdim=True) + 1e-6) ** -0.5
+    q, k, _ = (normed @ model.blocks[0].attention.qkv.weight.T).split(32, dim=-1)
+    for name, expected in (("q", q), ("k", k)):
+        assert np.array(found[name]).reshape(32) == pytest.approx(expected.abs().mean(0).detach().numpy(), abs=6e-4)
+    assert (found["pos"], found["step"], found["seed"]) == ("rope", 7, 0)
+
+
+def test_attention_on_the_key_is_that_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    N = 256
+    ours = run(tmp_path / "run", train_len=N, logn=2.0)
+    convert.main(["to", str(tmp_path / "run"), str(tmp_path / "hf")])
+    options = dict(trust_remote_code=True, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", **options).eval()
+    with torch.no_grad():
+        rows = measure.attention_on_key(ours, {"tokenizer": "bytes", "config": {"data": ""}}, trials=2)
+    assert [(row["length"] // N, row["p"]) for row in rows][:3] == [(1, 0), (2, 0), (2, 2)] and len(rows) == 9
+    for row in (rows[0], rows[2]):  # the exported model has p = 2, which acts beyond N only
+        documents, _, _ = passkey_trials(get_tokenizer("bytes"), row["length"], 2, 0)
+        found = []
+        for document in documents:
+            with torch.no_grad():
+                weights = theirs(torch.tensor(document[None, :-1]), output_attentions=True).attentions
+            text = bytes(document.tolist()).decode()
+            first = text.index(text[-5:])
+            digits = [first + i for i in range(5)] + [text.index(text[-5:], first + 1) + i for i in range(5)]
+            others = [j for j in range(len(text) - 6) if j not in digits]
+            layers = []
+            for layer in weights:
+                last = layer[0, :, -5:].double()  # (n_head, 5, T)
+                logits = last.log()  # up to a constant in each row, which no difference has
+                own = torch.stack([logits[:, i, [digits[i], digits[i + 5]]].mean(-1) for i in range(5)], -1)
+                lead, spread = own - logits[..., others].mean(-1), logits[..., others].std(-1)
+                layers.append(torch.stack([last[..., digits].sum(-1).mean(-1), lead.mean(-1), spread.mean(-1)]))
+            found.append(torch.stack(layers, 1))  # (3, n_layer, n_head)
+        expected = torch.stack(found).mean(0).numpy()
+        for name, values in zip(("share", "lead", "spread"), expected):
+            assert np.array(row[name]) == pytest.approx(values, abs=2e-3)
+
+
+def test_a_learned_bias_is_part_of_the_attention_on_the_key():
+    position, digits, T = KERPLE(n_head=2, seed=0), torch.arange(10) + 20, 64
+    q = k = torch.zeros(1, 2, T, 4)
+    with torch.no_grad():
+        share, _, _ = measure.share_and_lead(position, q, k, digits, 4)
+    r1, r2 = (r.detach().double().view(2, 1) for r in (position.r1, position.r2))
+    expected = torch.zeros(2)
+    for query in range(T - 5, T):
+        weights = (-r1 * torch.log(1 + r2 * (query - torch.arange(query + 1)))).softmax(-1)
+        expected += weights[:, digits].sum(-1) / 5
+    assert share == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_loss_by_position_is_the_mean_over_texts(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 64, 2 * 96 + 1).astype(np.uint16)
+    model = run(tmp_path / "run", tokens, train_len=32)
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16"}
+    (tmp_path / "run" / "meta.json").write_text(json.dumps(meta))
+    with torch.no_grad():
+        found = measure.loss_by_position(model, str(tmp_path / "run"), "val", 96, 2, bins=4)
+        x = torch.from_numpy(tokens[:-1].astype(np.int64)).view(2, 96)
+        y = torch.from_numpy(tokens[1:].astype(np.int64)).view(2, 96)
+        losses = -model(x).log_softmax(-1).gather(-1, y[..., None])[..., 0]
+    assert found == pytest.approx(losses.view(2, 4, 24).mean((0, 2)).tolist(), abs=1e-4)

@@ -210,7 +210,8 @@ def tokenizer_files(tokenizer) -> dict[str, bytes]:
             if len(parts) == 2:
                 merges.append((spell[parts[0]], spell[parts[1]]))
         bpe = Tokenizer(models.BPE(vocab={spell[token]: rank for token, rank in ranks.items()}, merges=merges))
-        split = pre_tokenizers.Split(Regex(GPT2_PATTERN.replace("++", "+")), "isolated")
+        pattern = GPT2_PATTERN.replace("++", "+").replace("$", r"\z")  # there, $ is the end of a line
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
         bpe.decoder = decoders.ByteLevel()
         bpe.add_special_tokens([AddedToken(END, special=True)])

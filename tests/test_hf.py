@@ -205,9 +205,9 @@ def test_coefficients_stay_in_float32_and_the_floor_at_n(tmp_path):
 
 
 def test_an_exported_tokenizer_has_our_tokens(tmp_path):
-    words = "it's a naïve café, 123  tokens\n\n \U0001f600" * 3
+    words = "it's a naïve café, 123  tokens\n\n \U0001f600 \n\n\tx" * 3
     ranks = {bytes([b]): b for b in range(256)}
-    for pair in (b"to", b"ke", b"toke", b"ns", b"tokens", b" tokens", b"af", b"caf"):
+    for pair in (b"to", b"ke", b"toke", b"ns", b"tokens", b" tokens", b"af", b"caf", b"\n\n"):
         ranks[pair] = len(ranks)
     file = tmp_path / "t.tiktoken"
     file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))

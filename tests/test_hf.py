@@ -155,16 +155,22 @@ def test_an_imported_llama_is_trained_as_fope_and_exported(tmp_path):
 
 OUTPUTS = {  # options of the model, whether it needs modeling_fope.py
     "rope": (dict(pos="rope"), False),
+    "rope, grouped": (dict(pos="rope", n_kv_head=2), False),
+    "rope, tied": (dict(pos="rope", tied=True), False),
     "rope, grouped, tied": (dict(pos="rope", n_kv_head=2, tied=True), False),
     "rope, yarn": (dict(pos="rope", scaling="yarn", scale=4.0, original_len=16, logit_scale=1.3), False),
     "rope with log n": (dict(pos="rope", logn=2.0), True),
     "rope-a": (dict(pos="rope", whole_cycles=True), True),
     "the floor alone": (dict(fourier_series=False), False),
+    "the floor alone, grouped": (dict(fourier_series=False, n_kv_head=2), False),
+    "the floor alone, tied": (dict(fourier_series=False, tied=True), False),
     "the floor alone, grouped, tied": (dict(fourier_series=False, n_kv_head=2, tied=True), False),
     "the floor alone, as in the release": (dict(fourier_series=False, zero_phase=False), True),
     "neither half of FoPE": (dict(fourier_series=False, clip_floor=False), False),
     "fope": (dict(), True),
-    "fope, grouped, tied": (dict(n_kv_head=2, tied=True, logn=2.0, sigma=3.0), True),
+    "fope, grouped": (dict(n_kv_head=2), True),
+    "fope, tied": (dict(tied=True), True),
+    "fope, grouped, tied, with log n": (dict(n_kv_head=2, tied=True, logn=2.0, sigma=3.0), True),
 }
 
 
@@ -183,6 +189,31 @@ def test_an_exported_model_has_our_logits(tmp_path, name):
     prompt = tokens[:, : 2 * N].where(mask == 1, 256)
     generated = theirs.generate(prompt, attention_mask=mask, **greedy)
     assert torch.equal(generated, ours.generate(prompt, 8, pads=pads))
+
+
+@pytest.mark.parametrize("name", ["rope", "the floor alone", "fope"])
+def test_at_16384_tokens_only_the_float32_angles_of_transformers_differ(tmp_path, name):
+    """It multiplies position and frequency in float32. Exported FoPE computes its tables with our fope.py."""
+    long = dict(train_len=4096, n_layer=1, n_head=2)
+    ours, folder = exported(tmp_path, **OUTPUTS[name][0] | long)
+    tokens, theirs = text(1, 16_384), load(folder)
+    position = ours.blocks[0].attention.position
+    if name != "fope":
+        angles = torch.arange(16_384)[:, None].float() * position.omega.float()
+        position.tables[torch.device("cpu"), torch.float32] = angles.cos()[None], angles.sin()[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pos", ["rope", "fope"])
+def test_chunks_through_the_cache_of_transformers(tmp_path, pos):
+    ours, folder = exported(tmp_path, pos=pos, n_kv_head=2, logn=2.0 * (pos == "fope"))
+    theirs, tokens, cache, logits = load(folder), text(2, 3 * N), None, []
+    with torch.no_grad():
+        for chunk in tokens.split([50, 1, 100, 41], dim=1):
+            out = theirs(chunk, past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, [*logits, out.logits]
+        torch.testing.assert_close(torch.cat(logits, 1), ours(tokens), atol=1e-4, rtol=0)
 
 
 def test_the_floor_alone_keeps_as_many_pairs_in_transformers():

@@ -233,10 +233,13 @@ def trained_pairs(N: int = 512, theta: float = 10_000.0) -> Figure:
     return fig
 
 
-def attention_on_key() -> Figure:
-    """The head whose share is largest at N, kept for all lengths. Mean over the seeds, and a band over their range."""
+def attention_on_key(runs: list[dict] | None = None) -> Figure:
+    """The head whose share is largest at N, kept for all lengths. Mean over the seeds, and a band over their range.
+
+    runs: what measure.attention_on_key() found in each model, by default the committed results.
+    """
     fig, (axis,) = panels(1, "Attention on the key fades with length.\nWith log n, it fades later", 4)
-    runs = json.loads((RESULTS / "attention.json").read_text()).values()
+    runs = runs or json.loads((RESULTS / "attention.json").read_text()).values()
     for pos, look in (("rope", dict(color="black", linewidth=2)), ("fope", FOPE)):
         curves = {0.0: {}, 2.0: {}}  # p: length: one share per seed
         for run in (run for run in runs if run["pos"] == pos):

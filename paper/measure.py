@@ -10,6 +10,7 @@ figures.py draws what these files hold.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -43,10 +44,12 @@ def mean_qk(model: GPT, checkpoint: dict) -> dict:
 
 
 def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dict]:
-    """How the queries that must name a digit of the key attend to the tokens of the key, by layer and head.
+    """How the queries that must name a digit of the key attend to the key's digits: numbers by layer and head.
 
-    share: the part of the attention on the key's digits. lead: the logit of the digit to copy above the mean of the
-    other tokens. spread: the standard deviation of the other tokens.
+    share: the part of the attention on the digits. The others describe the logits. lead: the digits' mean, weighted by
+    attention, above the plain mean of all other tokens. spread: the standard deviation of the other tokens. gap: the
+    digits' mean above the mean of the other tokens, both weighted by attention. For normal logits, it is
+    lead - spread^2.
     """
     cfg, N = model.cfg, model.cfg.train_len
     tokenizer, seen = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"]), []
@@ -54,7 +57,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
         block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
     rows = []
     for length in (N * m for m in (1, 2, 4, 8, 16)):
-        documents, answers, depths = passkey_trials(tokenizer, length, trials, 0)
+        documents, _, _ = passkey_trials(tokenizer, length, trials, 0)
         for p in (0.0, 2.0) if length > N else (0.0,):
             cfg.logn, found = p, []
             for document in documents:
@@ -65,26 +68,42 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
                 first = text.index(key)
                 places = [first, text.index(key, first + 5)]  # the information line names the key twice
                 digits = torch.tensor([place + i for place in places for i in range(5)])
-                found.append([share_and_lead(*layer, digits, cfg.head_dim) for layer in seen])
-            share, lead, spread = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
-            rows.append({"length": length, "p": p, "share": share, "lead": lead, "spread": spread})
+                found.append([head_numbers(*layer, digits, cfg.head_dim) for layer in seen])
+            numbers = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
+            rows.append({"length": length, "p": p} | dict(zip(("share", "lead", "spread", "gap"), numbers)))
+    cfg.logn = 0.0
     return rows
 
 
-def share_and_lead(position, q: torch.Tensor, k: torch.Tensor, digits: torch.Tensor, head_dim: int) -> list:
-    """Of one document: share, lead and spread of each head. q, k (1, n_head, T, d) are rotated; digits (10,)."""
+def head_numbers(position, q: torch.Tensor, k: torch.Tensor, digits: torch.Tensor, head_dim: int) -> list:
+    """share, lead, spread and gap of each head in one document. q, k (1, n_head, T, d) are rotated; digits (10,)."""
     T = k.shape[-2]
-    i, j = torch.arange(T - 5, T)[:, None], torch.arange(T)
-    logits = (q[0, :, -5:] @ k[0].mT) / head_dim**0.5  # (n_head, 5, T): the five queries that must name a digit
+    i, j = torch.arange(T - 5, T)[:, None], torch.arange(T)  # the five queries that must name a digit, and all keys
+    logits = (q[0, :, -5:] @ k[0].mT) / head_dim**0.5  # (n_head, 5, T)
     if isinstance(position, LearnedBias):
         logits = logits + position.bias(i, j)
-    logits = logits.masked_fill(j > i, -torch.inf)
-    share = logits.softmax(-1)[..., digits].sum(-1).mean(-1)
-    own = torch.stack([logits[:, i, digits[[i, i + 5]]].mean(-1) for i in range(5)], -1)  # (n_head, 5)
-    others = torch.ones(T, dtype=torch.bool)
-    others[digits], others[-5:] = False, False
-    others = logits[..., others]
-    return [x.tolist() for x in (share, (own - others.mean(-1)).mean(-1), others.std(-1).mean(-1))]
+    share = logits.masked_fill(j > i, -torch.inf).softmax(-1)[..., digits].sum(-1)
+    other = torch.ones(T, dtype=torch.bool)
+    other[digits], other[-4:] = False, False  # the last four keys are visible to some of the queries only
+    own, others = logits[..., digits], logits[..., other]
+    own = (own.softmax(-1) * own).sum(-1)  # (n_head, 5)
+    gap = own - (others.softmax(-1) * others).sum(-1)
+    return [x.mean(-1).tolist() for x in (share, own - others.mean(-1), others.std(-1), gap)]
+
+
+def reading_head(rows: list[dict], N: int) -> str:
+    """The head with the largest share at N, and the p that keeps this share beyond N, to first order.
+
+    All logits times s change the log of the share's odds by (s - 1) gap, and n keys instead of N change it by
+    -log(n / N). Both cancel for s - 1 = log(n / N) / gap, that is, near N, for (log n / log N)^p with p = log N / gap.
+    """
+    shares = np.array(rows[0]["share"])
+    layer, head = np.unravel_index(shares.argmax(), shares.shape)
+    share, lead, spread, gap = (rows[0][name][layer][head] for name in ("share", "lead", "spread", "gap"))
+    return (
+        f"layer {layer}, head {head}: share {share:.2f}, lead {lead:.2f}, spread {spread:.2f}, "
+        f"lead - spread^2 {lead - spread**2:.2f}, gap {gap:.2f}, p = log N / gap = {math.log(N) / gap:.2f}"
+    )
 
 
 def loss_by_position(model: GPT, data: str, split: str, length: int, windows: int, bins: int = 16) -> list[float]:
@@ -135,6 +154,8 @@ def main(argv: list[str]) -> None:
         results[run.name] = facts | found
         file.write_text(json.dumps(results) + "\n")
         say(f"{run} is in {file}")
+        if args.what == "attention":
+            say(reading_head(found["rows"], model.cfg.train_len))
 
 
 if __name__ == "__main__":

@@ -61,17 +61,18 @@ def test_attention_on_the_key_is_that_of_transformers(tmp_path):
             text = bytes(document.tolist()).decode()
             first = text.index(text[-5:])
             digits = [first + i for i in range(5)] + [text.index(text[-5:], first + 1) + i for i in range(5)]
-            others = [j for j in range(len(text) - 6) if j not in digits]
+            others = [j for j in range(len(text) - 5) if j not in digits]
             layers = []
             for layer in weights:
                 last = layer[0, :, -5:].double()  # (n_head, 5, T)
                 logits = last.log()  # up to a constant in each row, which no difference has
-                own = torch.stack([logits[:, i, [digits[i], digits[i + 5]]].mean(-1) for i in range(5)], -1)
-                lead, spread = own - logits[..., others].mean(-1), logits[..., others].std(-1)
-                layers.append(torch.stack([last[..., digits].sum(-1).mean(-1), lead.mean(-1), spread.mean(-1)]))
-            found.append(torch.stack(layers, 1))  # (3, n_layer, n_head)
-        expected = torch.stack(found).mean(0).numpy()
-        for name, values in zip(("share", "lead", "spread"), expected):
+                own, rest = last[..., digits], last[..., others]
+                own_mean = (own * logits[..., digits]).sum(-1) / own.sum(-1)
+                gap = own_mean - (rest * logits[..., others]).sum(-1) / rest.sum(-1)
+                lead, spread = own_mean - logits[..., others].mean(-1), logits[..., others].std(-1)
+                layers.append(torch.stack([x.mean(-1) for x in (own.sum(-1), lead, spread, gap)]))
+            found.append(torch.stack(layers, 1))  # (4, n_layer, n_head)
+        for name, values in zip(("share", "lead", "spread", "gap"), torch.stack(found).mean(0).numpy()):
             assert np.array(row[name]) == pytest.approx(values, abs=2e-3)
 
 
@@ -79,7 +80,7 @@ def test_a_learned_bias_is_part_of_the_attention_on_the_key():
     position, digits, T = KERPLE(n_head=2, seed=0), torch.arange(10) + 20, 64
     q = k = torch.zeros(1, 2, T, 4)
     with torch.no_grad():
-        share, _, _ = measure.share_and_lead(position, q, k, digits, 4)
+        share, *_ = measure.head_numbers(position, q, k, digits, 4)
     r1, r2 = (r.detach().double().view(2, 1) for r in (position.r1, position.r2))
     expected = torch.zeros(2)
     for query in range(T - 5, T):

@@ -39,7 +39,7 @@ from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
 # How a preset is trained. The paper's recipe (App. A.3) is 10B tokens in steps of 524 288.
 PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000)
 RECIPES = {
-    "tiny": dict(optimizer="muon", log_every=50),
+    "tiny": dict(optimizer="muon", final_lr=0.0, log_every=50),
     "60M": PAPER | dict(micro_tokens=32_768),  # what fits a card of 48 GB. Less does not change the result
     "180M": PAPER | dict(micro_tokens=16_384),
     "1.2B": PAPER | dict(micro_tokens=4096),
@@ -61,7 +61,8 @@ class TrainConfig(GPTConfig):
     steps: int = 1500  # optimizer steps
     batch_tokens: int = 4096  # tokens per step, over all processes
     micro_tokens: int = 4096  # maximum tokens per micro-batch and process
-    lr: float = 2e-3  # learning rate after warmup; a cosine takes it to a tenth
+    lr: float = 2e-3  # learning rate after warmup
+    final_lr: float = 0.1  # share of lr that a cosine decays to
     warmup: int = 100  # steps of linear warmup
     optimizer: str = "adamw"  # adamw for all parameters (the paper's), or muon for the matrices in the blocks
     beta1: float = 0.9  # of AdamW
@@ -72,8 +73,8 @@ class TrainConfig(GPTConfig):
     log_every: int = 10  # steps between log lines
     eval_every: int = 500  # steps between validations
     save_every: int = 500  # steps between checkpoints
-    eval_tokens: int = 65_536  # validation tokens for the validation loss
-    eval_trials: int = 100  # passkey trials per length in the evaluation after training; 0: no evaluation
+    eval_tokens: int = 65_536  # validation tokens for the validation loss, and for the evaluation after training
+    eval_trials: int = 50  # passkey trials per length in the evaluation after training; 0: no evaluation
     wandb: bool = False  # log to Weights & Biases too
     # machine
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -88,7 +89,8 @@ FREE = {"resume", "init_from", "data", "out", "micro_tokens", "log_every", "eval
 CHANGEABLE = ("steps", "lr", "warmup")  # and these, if the command line gives them again: a run can be made longer
 AT_LEAST = {"n_layer": 1, "n_head": 1, "n_embd": 1, "n_hidden": 1, "train_len": 1, "steps": 1, "batch_tokens": 1,
             "micro_tokens": 1, "log_every": 1, "eval_every": 1, "save_every": 1, "seed": 0, "warmup": 0,
-            "eval_trials": 0, "weight_decay": 0, "lr": 0, "beta1": 0, "beta2": 0, "clip": 0, "logn": 0}  # fmt: skip
+            "eval_trials": 0, "weight_decay": 0, "lr": 0, "final_lr": 0, "beta1": 0, "beta2": 0, "clip": 0,
+            "logn": 0}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -462,11 +464,11 @@ def validate(model: GPT, val_tokens: np.ndarray, cfg: TrainConfig, machine: Mach
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Linear warmup to lr, then a cosine that would reach lr / 10 one step after the last."""
+    """Linear warmup to lr, then a cosine that would reach final_lr lr one step after the last."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
-    return cfg.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -608,7 +610,8 @@ def main() -> None:
     if os.environ.get("RANK", "0") == "0":
         plot.loss_figure([Path(cfg.out) / "log.jsonl"], Path(cfg.out) / "loss.png")
         if finished and cfg.eval_trials:
-            options = [f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}", "--logn=0,2"]
+            options = [f"--trials={cfg.eval_trials}", f"--eval_tokens={cfg.eval_tokens}", "--logn=0,2"]
+            options += [f"--device={cfg.device}", f"--dtype={cfg.dtype}"]
             if cfg.model == "tiny" and cfg.train_len == 512:  # the lengths of the committed results
                 committed = Path(__file__).parent / "paper/results/tiny"
                 files = [

@@ -1,5 +1,6 @@
 """The pages: every command is valid, every link leads somewhere, every number of Figure 1 is a result."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -54,6 +55,17 @@ def test_fope_can_be_pasted_as_the_front_page_shows():
     names = dict(q=q, k=k, layer=0, offset=7)
     exec(block, names)
     assert names["q"].shape == q.shape and not torch.equal(names["q"], q)
+
+
+def test_longbench_scores_are_grouped_by_length(tmp_path, monkeypatch, capsys):
+    (block,) = blocks("hf/README.md", "python")
+    (tmp_path / "out/table1-fope-scores/model").mkdir(parents=True)
+    samples = [{"doc": {"length": n}, "score": x} for n, x in ((100, 0.25), (3999, 0.75), (4000, 0.1), (9000, 0.2))]
+    file = tmp_path / "out/table1-fope-scores/model/samples_longbench_trec_e_now.jsonl"
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert capsys.readouterr().out.endswith("{'0-4k': 0.5, '4-8k': 0.1, '8k+': 0.2}\n")
 
 
 @pytest.mark.parametrize("page, words", PAGES.items())

@@ -138,11 +138,13 @@ def test_each_epoch_is_a_permutation_of_its_own():
     assert order.tolist() == np.concatenate([np.random.default_rng((5, i)).permutation(45) for i in range(20)]).tolist()
 
 
-def test_learning_rate_is_linear_then_a_cosine_to_a_tenth():
-    cfg = configure(["--lr=3e-3", "--warmup=20", "--steps=200"])
+@pytest.mark.parametrize("preset, last", [("60M", 3e-4), ("tiny", 0.0)])
+def test_learning_rate_is_linear_then_a_cosine_to_the_presets_share_of_it(preset, last):
+    cfg = configure([f"--model={preset}", "--lr=3e-3", "--warmup=20", "--steps=200"])
     rates = [train.learning_rate(step, cfg) for step in range(201)]
     assert rates[:20] == pytest.approx([3e-3 * (step + 1) / 20 for step in range(20)])
-    assert rates[20:] == pytest.approx([3e-4 + 2.7e-3 * (0.5 + 0.5 * math.cos(math.pi * i / 180)) for i in range(181)])
+    cosine = [0.5 + 0.5 * math.cos(math.pi * i / 180) for i in range(181)]
+    assert rates[20:] == pytest.approx([last + (3e-3 - last) * x for x in cosine])
 
 
 def fresh(argv):

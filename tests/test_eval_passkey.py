@@ -289,6 +289,10 @@ def bad(data, tmp_path_factory):
     whole = (d / "run/ckpt.pt").read_bytes()
     (d / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (d / "result.json").write_text("{}")
+    other = (
+        '{"trials": 1, "train_len": 256, "lengths": [512], "passkey": [0], "perplexity": [2], "config": {"seed": 0}}'
+    )
+    (d / "other.json").write_text(other)
     (d / "gpt2").mkdir()  # nanoGPT's layout
     np.full(5000, 200, dtype=np.uint16).tofile(d / "gpt2/val.bin")
     prepare.write(d / "large", BYTES, np.zeros(300, np.uint16), np.full(5000, 300, np.uint16), {"source": "too large"})
@@ -323,6 +327,8 @@ BAD = [  # arguments, and what the line must contain
     ("{d}/run --lengths=256 --data={d}/nothing", "val.bin"),
     ("{d}/run {d}/run --lengths=256", "same name and seed 0"),
     ("{d}/run --lengths=256 --out={d}/cut.pt", "cut.pt"),
+    ("{d}/run --lengths=256 --reference {d}/result.json", "not a whole result"),
+    ("{d}/run --lengths=256 --reference {d}/other.json", "other.json has other lengths than"),
     ("{d}/taken --lengths=256", "eval.json"),
 ]
 

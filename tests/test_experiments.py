@@ -43,8 +43,9 @@ def test_every_run_of_an_experiment_is_valid_and_different(experiment, scale):
         position_embedding(cfg, 0)  # refuses options that do not fit
         assert cfg.seed == 3 and f"{cfg.out} --lengths={experiments.LENGTHS} --trials=7" in evaluation
         assert training.split()[0] == ("torchrun" if scale == "60M" else "python")
-        on_books = scale == "60M" and experiment in ("fig5", "fig6a")
-        assert run.startswith("books-") == evaluation.endswith("--data=data/c4") == on_books
+        on_books = experiment == "fig5" or (scale == "60M" and experiment == "fig6a")
+        other = "--data=data/essay" if scale == "tiny" else "--data=data/c4"
+        assert run.startswith("books-") == evaluation.endswith(other) == on_books
         configs.append(dataclasses.asdict(cfg) | {"out": ""})
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
@@ -78,7 +79,7 @@ BAD = [
     ("fig1 --runs=llama", "no run llama"),
     ("fig1 --seeds=a", "--seeds"),
     ("fig1 --trials=0", "--trials"),
-    ("fig5", "two corpora"),
+    ("fig5", "there is no data/books: python data/prepare.py"),
     ("fig6b --scale=1.2B", "--scale=60M"),
 ]
 

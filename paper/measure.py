@@ -35,11 +35,15 @@ def mean_qk(model: GPT, checkpoint: dict) -> dict:
     """Mean |q| and |k| before rotation, by layer, head and dimension, over 64 validation sequences."""
     N, seen = model.cfg.train_len, []  # (q, k) of each layer, each (n_head, head_dim)
     tokens, _ = load(checkpoint["config"]["data"], "val")
-    for block in model.blocks:
+    hooks = [
         block.attention.position.register_forward_pre_hook(
             lambda module, args: seen.append([x.abs().mean((0, 2)) for x in args[:2]])
         )
+        for block in model.blocks
+    ]
     model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N))
+    for hook in hooks:
+        hook.remove()
     return {name: np.round([layer[i].tolist() for layer in seen], 3).tolist() for i, name in enumerate("qk")}
 
 
@@ -53,8 +57,10 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
     """
     cfg, N = model.cfg, model.cfg.train_len
     tokenizer, seen = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"]), []
-    for block in model.blocks:
+    hooks = [
         block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
+        for block in model.blocks
+    ]
     rows = []
     for length in (N * m for m in (1, 2, 4, 8, 16)):
         documents, _, _ = passkey_trials(tokenizer, length, trials, 0)
@@ -72,6 +78,8 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
             numbers = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
             rows.append({"length": length, "p": p} | dict(zip(("share", "lead", "spread", "gap"), numbers)))
     cfg.logn = 0.0
+    for hook in hooks:
+        hook.remove()
     return rows
 
 
@@ -110,13 +118,14 @@ def loss_by_position(model: GPT, data: str, split: str, length: int, windows: in
     """Mean loss in nats in each of `bins` equal pieces of `length` tokens, over the first `windows` texts."""
     tokens, _ = load(data, split)
     hidden, total = [], torch.zeros(length)
-    model.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0]))
+    hook = model.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0]))
     for i in range(windows):
         both = torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64))
         hidden.clear()
         model(both[None, :-1], last=1)
         pieces = zip(hidden[0].split(256), both[1:].split(256))  # the logits of all tokens would take gigabytes
         total += torch.cat([F.cross_entropy(model.head(x), y, reduction="none") for x, y in pieces])
+    hook.remove()
     return (total / windows).view(bins, -1).mean(-1).round(decimals=4).tolist()
 
 

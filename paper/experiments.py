@@ -34,8 +34,8 @@ from train import TrainConfig, configure, on_stop, parse_flags
 
 MINIATURES = {  # tiny3k and tiny5k train with AdamW. The committed results are theirs
     "tiny": "--model=tiny",
-    "tiny3k": "--model=tiny --optimizer=adamw --steps=3000",
-    "tiny5k": "--model=tiny --optimizer=adamw --steps=5000",
+    "tiny3k": "--model=tiny --optimizer=adamw --final_lr=0.1 --steps=3000",
+    "tiny5k": "--model=tiny --optimizer=adamw --final_lr=0.1 --steps=5000",
 }
 SCALES = MINIATURES | {"60M": "--model=60M", "180M": "--model=180M", "1.2B": "--model=1.2B"}
 LENGTHS = "512,1024,2048,4096,8192"

@@ -156,7 +156,7 @@ def fresh(argv):
 
 def test_three_steps_are_clipped_adamw_with_decay_on_every_parameter(data, tmp_path):
     argv = flags(data, tmp_path / "out", "--steps=3", "--micro_tokens=256", "--beta2=0.8", "--lr=3e-3")
-    argv.append("--optimizer=adamw")
+    argv += ["--optimizer=adamw", "--final_lr=0.1"]
     assert run(argv).returncode == 0
     model, tokens = fresh(argv), np.fromfile(data / "train.bin", dtype=np.uint16).astype(np.int64)
     mean, square = ({name: 0.0 for name, _ in model.named_parameters()} for _ in range(2))
@@ -333,12 +333,12 @@ def test_a_finished_run_can_be_made_longer(data, reference, tmp_path):
 
 
 def test_a_checkpoint_with_adamw_alone_resumes(data, tmp_path):
-    """Older versions saved one optimizer instead of a list of them, and no flag --optimizer."""
-    argv = flags(data, tmp_path / "old", "--optimizer=adamw", "--steps=10")
+    """Older versions saved one optimizer instead of a list of them, and no flags --optimizer and --final_lr."""
+    argv = flags(data, tmp_path / "old", "--optimizer=adamw", "--final_lr=0.1", "--steps=10")
     assert run(argv).returncode == 0
     old = checkpoint(tmp_path / "old")
     old["optimizer"] = old["optimizer"][0]
-    del old["config"]["optimizer"]
+    del old["config"]["optimizer"], old["config"]["final_lr"]
     (tmp_path / "new").mkdir()
     torch.save(old, tmp_path / "new" / "ckpt.pt")
     (tmp_path / "new" / "log.jsonl").write_bytes((tmp_path / "old" / "log.jsonl").read_bytes())

@@ -3,6 +3,11 @@
     python train.py                                  the tiny preset on the built-in corpus
     python train.py --pos=rope --seed=1              every field of TrainConfig and GPTConfig is a flag
     torchrun --standalone --nproc_per_node=4 train.py --model=60M --data=data/c4
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py --model=60M
+
+The last command runs on each of two machines. Both need the data, and a disk that they share for --out. SIGTERM, SIGHUP
+and SIGUSR1 save a checkpoint and stop. torchrun passes on all of them with
+--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1.
 
 The order of the data depends on the seed and the step alone. So a resumed run continues bit for bit, and 1, 2 or 4
 processes train the same model up to rounding.
@@ -58,7 +63,7 @@ class TrainConfig(GPTConfig):
     out: str = ""  # folder for checkpoint, log and evaluation; empty: out/MODEL-POS-sSEED
     resume: bool = False  # continue from the checkpoint in out
     init_from: str = ""  # checkpoint to take the weights and the model's flags from; --pos may be another
-    steps: int = 1500  # optimizer steps
+    steps: int = 1800  # optimizer steps
     batch_tokens: int = 4096  # tokens per step, over all processes
     micro_tokens: int = 4096  # maximum tokens per micro-batch and process
     lr: float = 2e-3  # learning rate after warmup

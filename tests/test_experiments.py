@@ -109,12 +109,12 @@ out.mkdir(parents=True, exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), end(step=10)))
 (out / "started").touch()
 if flags["--pos"] == "nope":
-    end(step=1500, status=3)
+    end(step=1800, status=3)
 if flags["--pos"] == "fire":
     end(step=20)
 if "--resume" not in sys.argv:
     time.sleep(100)
-end(step=1500)
+end(step=1800)
 """
 EVALUATE = f"""import pathlib, shutil, sys
 out = pathlib.Path(sys.argv[1])

@@ -243,7 +243,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--batch_tokens", type=int, default=16_384, help="tokens per forward pass, for less memory (default: 16384)")
     add("--out", type=Path, help="folder for the table and the figure (default: the one that holds all checkpoints)")
-    add("--reference", nargs="+", type=Path, default=[], help="results of other runs: dashed lines in the figure")
+    add("--reference", nargs="*", type=Path, default=[], help="results of other runs: dashed lines in the figure")
     add("--seed", type=int, default=0, help="seed of the keys and their depths (default: 0)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", help="auto, bfloat16 or float32")

@@ -49,6 +49,7 @@ RECIPES = {
     "180M": PAPER | dict(micro_tokens=16_384),
     "1.2B": PAPER | dict(micro_tokens=4096),
 }
+COMPARED = ("rope", "alibi", "kerple")  # whose committed results the miniature's figure shows
 PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bfloat16 FLOP/s
 
 
@@ -617,12 +618,9 @@ def main() -> None:
         if finished and cfg.eval_trials:
             options = [f"--trials={cfg.eval_trials}", f"--eval_tokens={cfg.eval_tokens}", "--logn=0,2"]
             options += [f"--device={cfg.device}", f"--dtype={cfg.dtype}"]
-            if cfg.model == "tiny" and cfg.train_len == 512:  # the lengths of the committed results
-                committed = Path(__file__).parent / "paper/results/tiny"
-                files = [
-                    str(f) for pos in ("rope", "alibi", "kerple") for f in sorted(committed.glob(f"{pos}-s?.json"))
-                ]
-                options += ["--reference", *files] if files else []
+            if (cfg.model, cfg.data, cfg.train_len) == ("tiny", "data/builtin", 512):  # as in the committed results
+                results = sorted((Path(__file__).parent / "paper/results/tiny").glob("*-s?.json"))
+                options += ["--reference", *(str(file) for file in results if file.stem[:-3] in COMPARED)]
             eval_passkey.main([cfg.out, *options])
     if "RANK" in os.environ:
         # DDP never releases its process group. gloo's threads outlive it, and sometimes abort the process at its end.

@@ -238,7 +238,7 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
 
     runs: what measure.attention_on_key() found in each model, by default the committed results.
     """
-    fig, (axis,) = panels(1, "Attention on the key fades with length.\nWith log n, it fades later", 4)
+    fig, (axis,) = panels(1, "Attention on the key fades beyond N.\nWith log n, FoPE's stays", 4)
     runs = runs or json.loads((RESULTS / "attention.json").read_text()).values()
     for pos, look in (("rope", dict(color="black", linewidth=2)), ("fope", FOPE)):
         curves = {0.0: {}, 2.0: {}}  # p: length: one share per seed
@@ -258,7 +258,7 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(points), [str(length) for length in points])
     axis.set(xlabel="length in tokens", ylabel="share of the attention\non the key's digits", ylim=(-0.03, 1.03))
-    axis.legend()
+    fig.legend(loc="outside lower center", ncols=2, frameon=False)
     return fig
 
 

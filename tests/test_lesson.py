@@ -34,7 +34,7 @@ def test_it_runs_from_top_to_bottom_and_the_solutions_are_accepted():
 
 def test_it_is_committed_with_its_figures_and_without_widget_state():
     outputs = [output for cell in NOTEBOOK.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
     assert "widget-view" not in (text := (FOLDER / "lesson.ipynb").read_text()) and len(text) < 1e6
     assert "widgets" not in NOTEBOOK.metadata and not any("execution" in cell.metadata for cell in NOTEBOOK.cells)
 

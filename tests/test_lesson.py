@@ -18,7 +18,7 @@ def run(cells):
     """What the cells print, executed in lesson/."""
     notebook = nbformat.v4.new_notebook(cells=cells)
     resources = {"metadata": {"path": str(FOLDER)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 

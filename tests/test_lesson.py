@@ -1,5 +1,6 @@
 """lesson/: the notebook runs from top to bottom, its exercises accept the solutions, and it ships no junk."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -16,10 +17,10 @@ NOTEBOOK = nbformat.read(FOLDER / "lesson.ipynb", as_version=4)
 
 def run(cells):
     """What the cells print, executed in lesson/."""
-    notebook = nbformat.v4.new_notebook(cells=cells)
+    notebook = nbformat.v4.new_notebook(cells=copy.deepcopy(cells))
     resources = {"metadata": {"path": str(FOLDER)}}
     nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
-    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 

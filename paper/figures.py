@@ -218,7 +218,7 @@ def decay(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Figure:
 
 def trained_pairs(N: int = 512, theta: float = 10_000.0) -> Figure:
     """The paper's Figure 7 (there in Llama-2-7B)."""
-    fig, axes = panels(2, "After training, |k| is largest near the floor", 2.8)
+    fig, axes = panels(2, "After training, |q| and |k| are smaller\nbelow the floor, on average", 2.8)
     for axis, run in zip(axes, json.loads((RESULTS / "qk_means.json").read_text()).values()):
         pos = run["pos"]
         q, k = (np.array(run[name]) for name in ("q", "k"))  # (layers, heads, head_dim)

@@ -79,7 +79,7 @@ class TrainConfig(GPTConfig):
     log_every: int = 10  # steps between log lines
     eval_every: int = 500  # steps between validations
     save_every: int = 500  # steps between checkpoints
-    eval_tokens: int = 65_536  # validation tokens for the validation loss, and for the evaluation after training
+    eval_tokens: int = 65_536  # validation tokens for the validation loss
     eval_trials: int = 50  # passkey trials per length in the evaluation after training; 0: no evaluation
     wandb: bool = False  # log to Weights & Biases too
     # machine
@@ -616,8 +616,7 @@ def main() -> None:
     if os.environ.get("RANK", "0") == "0":
         plot.loss_figure([Path(cfg.out) / "log.jsonl"], Path(cfg.out) / "loss.png")
         if finished and cfg.eval_trials:
-            options = [f"--trials={cfg.eval_trials}", f"--eval_tokens={cfg.eval_tokens}", "--logn=0,2"]
-            options += [f"--device={cfg.device}", f"--dtype={cfg.dtype}"]
+            options = [f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}", "--logn=0,2"]
             if (cfg.model, cfg.data, cfg.train_len) == ("tiny", "data/builtin", 512):  # as in the committed results
                 results = sorted((Path(__file__).parent / "paper/results/tiny").glob("*-s?.json"))
                 options += ["--reference", *(str(file) for file in results if file.stem[:-3] in COMPARED)]

@@ -5,7 +5,7 @@
     python paper/measure.py loss out/smollm out/smollm-fope --data=data/essay --length=16384
                                                                            -> paper/results/loss_by_position.json
 
-figures.py draws what these files hold.
+figures.py draws what the first two files hold.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
         block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
         for block in model.blocks
     ]
-    rows = []
+    own, rows = cfg.logn, []
     for length in (N * m for m in (1, 2, 4, 8, 16)):
         documents, _, _ = passkey_trials(tokenizer, length, trials, 0)
         for p in (0.0, 2.0) if length > N else (0.0,):
@@ -77,7 +77,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
                 found.append([head_numbers(*layer, digits, cfg.head_dim) for layer in seen])
             numbers = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
             rows.append({"length": length, "p": p} | dict(zip(("share", "lead", "spread", "gap"), numbers)))
-    cfg.logn = 0.0
+    cfg.logn = own
     for hook in hooks:
         hook.remove()
     return rows
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     parser.error = fail
     parser.add_argument("what", choices=("qk", "attention", "loss"))
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py or hf.convert wrote")
-    parser.add_argument("--data", help="loss: folder with the text")
+    parser.add_argument("--data", help="loss: folder with the text (default: each run's own data)")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="loss: of that folder (default: val)")
     parser.add_argument("--length", type=int, default=16_384, help="loss: tokens (default: 16384)")
     parser.add_argument("--windows", type=int, default=2, help="loss: how many texts of that length (default: 2)")
@@ -158,8 +158,9 @@ def main(argv: list[str]) -> None:
         elif args.what == "attention":
             found = {"rows": attention_on_key(model, checkpoint)}
         else:
-            found = {"data": args.data, "length": args.length, "windows": args.windows,
-                     "loss": loss_by_position(model, args.data, args.split, args.length, args.windows)}  # fmt: skip
+            data = args.data or checkpoint["config"]["data"]
+            found = {"data": data, "length": args.length, "windows": args.windows,
+                     "loss": loss_by_position(model, data, args.split, args.length, args.windows)}  # fmt: skip
         results[run.name] = facts | found
         file.write_text(json.dumps(results) + "\n")
         say(f"{run} is in {file}")

@@ -316,23 +316,29 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float, weight_decay: float):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+        shapes = {}  # matrices of one shape are one parameter group, whose products are one batched call
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        super().__init__([{"params": some} for some in shapes.values()], dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                x = p.grad.lerp(momentum, 0.95)  # Nesterov
-                x = x.T if len(p) > len(p.T) else x  # the shorter side first: smaller products
-                x = x / x.norm().clamp(min=1e-7)
-                for _ in range(5):  # takes every singular value to about 1
-                    gram = x @ x.T
-                    x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-                x = x.T if len(p) > len(p.T) else x
+            grad = torch.stack([p.grad for p in group["params"]])  # (matrices, rows, columns)
+            momentum = self.state[group["params"][0]].setdefault("momentum", torch.zeros_like(grad))
+            momentum.lerp_(grad, 0.05)
+            x = grad.lerp(momentum, 0.95)  # Nesterov
+            tall = x.shape[1] > x.shape[2]
+            x = x.mT if tall else x  # the shorter side first: smaller products
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):  # takes every singular value to about 1
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            x = x.mT if tall else x
+            size = 0.2 * max(x.shape[1:]) ** 0.5
+            for p, update in zip(group["params"], x):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(x, alpha=0.2 * max(p.shape) ** 0.5 * group["lr"])
+                p.sub_(update, alpha=size * group["lr"])
 
 
 def make_optimizers(model: GPT, cfg: TrainConfig) -> list[torch.optim.Optimizer]:

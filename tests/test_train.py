@@ -180,19 +180,20 @@ def test_three_steps_are_clipped_adamw_with_decay_on_every_parameter(data, tmp_p
         torch.testing.assert_close(saved[name], p.detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
-def test_muon_takes_the_steps_of_torchs(shape):
-    generator = torch.Generator().manual_seed(0)
-    start, *grads = (torch.randn(shape, generator=generator) for _ in range(4))
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+def test_muon_takes_the_steps_of_torchs():
+    shapes, generator = [(8, 24), (24, 8), (8, 24)], torch.Generator().manual_seed(0)
+    starts, *grads = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4))
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     options = dict(lr=0.01, weight_decay=0.1)
-    muon = train.Muon([ours], **options)
-    torchs = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)  # its products are bfloat16
-    for grad in grads:
-        ours.grad, theirs.grad = grad.clone(), grad.clone()
+    muon = train.Muon(ours, **options)
+    torchs = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)  # its products are bfloat16
+    for some in grads:
+        for a, b, grad in zip(ours, theirs, some):
+            a.grad, b.grad = grad.clone(), grad.clone()
         muon.step()
         torchs.step()
-    assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+    for a, b, first in zip(ours, theirs, starts):
+        assert (a - b).norm() < 0.02 * (a - first).norm()
 
 
 @pytest.mark.parametrize("pos", ["fope", "fire"])
@@ -201,7 +202,8 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(pos):
     model, cfg = fresh(argv), configure(argv)
     names = {id(p): name.split(".", 2)[-1] for name, p in model.named_parameters()}
     adamw, muon = (
-        {names[id(p)] for p in optimizer.param_groups[0]["params"]} for optimizer in train.make_optimizers(model, cfg)
+        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in train.make_optimizers(model, cfg)
     )
     assert muon == {"attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"}
     assert adamw == set(names.values()) - muon

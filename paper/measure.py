@@ -26,9 +26,13 @@ from data.files import fail, say
 from data.prepare import load
 from data.tokenizer import get_tokenizer
 from eval_passkey import passkey_trials
-from model import GPT, load_model
+from model import GPT, find_device, load_model
 
 RESULTS = ROOT / "paper/results"
+
+
+def device_of(model: GPT) -> torch.device:
+    return model.head.weight.device
 
 
 def mean_qk(model: GPT, checkpoint: dict) -> dict:
@@ -41,7 +45,7 @@ def mean_qk(model: GPT, checkpoint: dict) -> dict:
         )
         for block in model.blocks
     ]
-    model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N))
+    model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N).to(device_of(model)))
     for hook in hooks:
         hook.remove()
     return {name: np.round([layer[i].tolist() for layer in seen], 3).tolist() for i, name in enumerate("qk")}
@@ -68,7 +72,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
             cfg.logn, found = p, []
             for document in documents:
                 seen.clear()
-                model(torch.from_numpy(document[None, :-1].astype(np.int64)), last=1)
+                model(torch.from_numpy(document[None, :-1].astype(np.int64)).to(device_of(model)), last=1)
                 text = bytes(document.astype(np.uint8))
                 key = text[-5:]
                 first = text.index(key)
@@ -86,12 +90,12 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
 def head_numbers(position, q: torch.Tensor, k: torch.Tensor, digits: torch.Tensor, head_dim: int) -> list:
     """share, lead, spread and gap of each head in one document. q, k (1, n_head, T, d) are rotated; digits (10,)."""
     T = k.shape[-2]
-    i, j = torch.arange(T - 5, T)[:, None], torch.arange(T)  # the five queries that must name a digit, and all keys
+    i, j = torch.arange(T - 5, T, device=q.device)[:, None], torch.arange(T, device=q.device)  # five queries, all keys
     logits = (q[0, :, -5:] @ k[0].mT) / head_dim**0.5  # (n_head, 5, T)
     if isinstance(position, LearnedBias):
         logits = logits + position.bias(i, j)
     share = logits.masked_fill(j > i, -torch.inf).softmax(-1)[..., digits].sum(-1)
-    other = torch.ones(T, dtype=torch.bool)
+    other = torch.ones(T, dtype=torch.bool, device=q.device)
     other[digits], other[-4:] = False, False  # the last four keys are visible to some of the queries only
     own, others = logits[..., digits], logits[..., other]
     own = (own.softmax(-1) * own).sum(-1)  # (n_head, 5)
@@ -117,10 +121,10 @@ def reading_head(rows: list[dict], N: int) -> str:
 def loss_by_position(model: GPT, data: str, split: str, length: int, windows: int, bins: int = 16) -> list[float]:
     """Mean loss in nats in each of `bins` equal pieces of `length` tokens, over the first `windows` texts."""
     tokens, _ = load(data, split)
-    hidden, total = [], torch.zeros(length)
+    hidden, total = [], torch.zeros(length, device=device_of(model))
     hook = model.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0]))
     for i in range(windows):
-        both = torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64))
+        both = torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64)).to(device_of(model))
         hidden.clear()
         model(both[None, :-1], last=1)
         pieces = zip(hidden[0].split(256), both[1:].split(256))  # the logits of all tokens would take gigabytes
@@ -139,14 +143,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", default="val", choices=("train", "val"), help="loss: of that folder (default: val)")
     parser.add_argument("--length", type=int, default=16_384, help="loss: tokens (default: 16384)")
     parser.add_argument("--windows", type=int, default=2, help="loss: how many texts of that length (default: 2)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     file = RESULTS / {"qk": "qk_means.json", "attention": "attention.json", "loss": "loss_by_position.json"}[args.what]
     results = json.loads(file.read_text()) if file.exists() else {}  # a run that is measured again replaces its own
     for run in args.runs:
         try:
+            device, _, _ = find_device(args.device)
             model, checkpoint = load_model(run)
         except ValueError as error:
             fail(str(error))
+        model.to(device)
         facts = {
             "pos": model.cfg.pos,
             "step": checkpoint["step"],

@@ -1,12 +1,12 @@
 """How fast, against what one would use instead: every line is a ratio of two things timed alternately in one run.
 
 python tests/bench.py                       every section below but data and gpu, in one table
-python tests/bench.py step                  training steps: FoPE, ALiBi, NoPE against RoPE; the batcher's share
+python tests/bench.py step                  training steps: FoPE, ALiBi, KERPLE, NoPE against RoPE; the batcher's share
 python tests/bench.py length                a forward pass at 512 .. 16 384 tokens: time and memory
 python tests/bench.py transformers          our RoPE model against Llama's with the same weights, and against GPT-2's
 python tests/bench.py passkey               a trial by one forward pass, against greedy generation
 python tests/bench.py data                  data/prepare.py [MB] against the bare tokenizer, and its memory
-python tests/bench.py gpu [60M 180M 1.2B]   tokens/s and share of the card's peak; hours for 10B tokens on 4 cards
+python tests/bench.py gpu [60M 180M 1.2B]   FoPE, RoPE, Llama: tokens/s, share of the card's peak
 """
 
 import base64
@@ -40,7 +40,7 @@ from data.files import fail
 from data.tokenizer import GPT2_PATTERN, get_tokenizer
 from eval_passkey import passkey_right, passkey_trials
 from model import GPT, PRESETS, GPTConfig, find_device
-from train import PEAK, batch_sequences, take
+from train import PEAK, RECIPES, batch_sequences, take
 
 DEVICE, DTYPE, autocast = find_device()
 
@@ -95,12 +95,12 @@ def step() -> None:
         for compiled in (False, True):
             models = {
                 pos: GPT(GPTConfig(pos=pos, vocab_size=vocab, **PRESETS[preset]))
-                for pos in ("rope", "fope", "alibi", "nope")
+                for pos in ("rope", "fope", "alibi", "kerple", "nope")
             }
             steps = [trainer(model, lambda run: run(x, y), compiled) for model in models.values()]
             times = dict(zip(models, alternate(rounds, *steps)))
             how = f"{preset} step, {'compiled' if compiled else 'eager'}"
-            for pos, goal in (("fope", "<= 1.02"), ("alibi", "<= 1.10"), ("nope", "")):
+            for pos, goal in (("fope", "<= 1.02"), ("alibi", "<= 1.10"), ("kerple", ""), ("nope", "")):
                 row(f"{how}: {pos} / rope", times[pos], times["rope"], goal)
             if preset == "tiny":
                 tokens = np.zeros(10**7, np.uint16)
@@ -178,6 +178,13 @@ def llama_elsewhere(preset: str):
     process.wait()
 
 
+def loss_of(run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The loss of our model or of one of transformers, compiled or not."""
+    if isinstance(getattr(run, "_orig_mod", run), GPT):
+        return run(x, y)
+    return run(x, labels=y, shift_labels=y, use_cache=False).loss
+
+
 def transformers() -> None:
     from llama import llama_of
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -199,13 +206,10 @@ def transformers() -> None:
                            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
             )  # fmt: skip
 
-            def theirs(run):
-                return run(x, labels=y, shift_labels=y, use_cache=False).loss
-
             steps = [
                 trainer(ours, lambda run: run(x, y), compiled),
-                trainer(llama, theirs, compiled),
-                trainer(gpt2, theirs, compiled),
+                trainer(llama, lambda run: loss_of(run, x, y), compiled),
+                trainer(gpt2, lambda run: loss_of(run, x, y), compiled),
             ]
             mine, llamas, gpt2s = alternate(rounds, *steps)
             how = f"{preset} step, {'compiled' if compiled else 'eager'}: ours against"
@@ -259,55 +263,53 @@ def passkey() -> None:
 
 
 def gpu(*presets: str) -> None:
-    """A micro batch as large as 48 GB hold, as on the paper's cards; 6 FLOPs a parameter (one embedding) and token."""
+    """Compiled training steps at N = 512. The micro batch fits 48 GB, the memory of the paper's cards.
+
+    The share of the card's peak counts 6 FLOPs per token and parameter, with one embedding matrix.
+    """
+    from llama import llama_of
+
     if not set(presets) <= PRESETS.keys():
         fail(f"gpu takes some of {', '.join(PRESETS)}")
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else DEVICE.type
-    print(f"{name}, {DTYPE}, torch {torch.__version__}\n")
-    if DEVICE.type == "cuda":
-        total = torch.cuda.get_device_properties(DEVICE).total_memory
+    cuda, name = DEVICE.type == "cuda", DEVICE.type
+    if cuda:
+        name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(DEVICE).total_memory
         torch.cuda.set_per_process_memory_fraction(min(48e9 / total, 1.0))
-    peak = next((flops for card, flops in PEAK.items() if DEVICE.type == "cuda" and card in name), math.nan)
-    print(
-        "| preset | N | | pos | tokens at once | GB | tokens/s | share of peak | hours for 10B tokens on 4 |\n"
-        + "|---" * 9
-        + "|"
-    )
+    peak = next((flops for card, flops in PEAK.items() if card in name), math.nan)
+    print(f"{name}, {DTYPE}, torch {torch.__version__}\n")
+    print("| preset | model | tokens at once | GB | tokens/s | share of peak | hours for 10B tokens on 4 |")
+    print("|---" * 7 + "|")
     for preset in presets or ("60M", "180M", "1.2B"):
-        for N in (512, 1024):
-            for compiled in (False, True):
-                how = f"{preset} | {N} | {'compiled' if compiled else 'eager'}"
-                at_once, speeds = 2**18 if DEVICE.type == "cuda" else 1024, {}
-                for pos in ("fope", "rope"):
-                    seconds = None
-                    while at_once >= N and not seconds:
-                        model = x = y = None  # of the try before
-                        torch.compiler.reset()
-                        gc.collect()
-                        if DEVICE.type == "cuda":
-                            torch.cuda.empty_cache()
-                            torch.cuda.reset_peak_memory_stats()
-                        model = GPT(GPTConfig(pos=pos, vocab_size=50_304, train_len=N, **PRESETS[preset]))
-                        x, y = batch(at_once // N, N, 50_304)
-                        try:
-                            seconds = alternate(
-                                10 if DEVICE.type == "cuda" else 1, trainer(model, lambda run: run(x, y), compiled)
-                            )[0]
-                        except torch.OutOfMemoryError:
-                            at_once //= 2
-                    if not seconds:
-                        break
-                    speeds[pos] = at_once / statistics.median(seconds)
-                    memory = torch.cuda.max_memory_reserved() / 1e9 if DEVICE.type == "cuda" else math.nan
-                    print(
-                        f"| {how} | {pos} | {at_once:,} | {memory:.1f} | {speeds[pos]:,.0f} "
-                        f"| {6 * model.n_params() * speeds[pos] / peak:.1%} | {1e10 / 4 / speeds[pos] / 3600:.1f} |",
-                        flush=True,
-                    )
-                if len(speeds) < 2:
-                    print(f"| {how} | does not fit | | | | | |", flush=True)
+        at_once, speeds = RECIPES[preset].get("micro_tokens", 4096) if cuda else 512, {}
+        for kind in ("fope", "rope", "llama"):
+            while at_once >= 512 and kind not in speeds:
+                model = x = y = None  # of the try before
+                torch.compiler.reset()
+                gc.collect()
+                if cuda:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                pos = "rope" if kind == "llama" else kind
+                model = GPT(GPTConfig(pos=pos, vocab_size=50_304, **PRESETS[preset]))
+                n_params, (x, y) = model.n_params(), batch(at_once // 512, 512, 50_304)
+                model = llama_of(model) if kind == "llama" else model
+                try:
+                    step = trainer(model, lambda run: loss_of(run, x, y), compiled=True)
+                    seconds = alternate(10 if cuda else 1, step)[0]
+                except torch.OutOfMemoryError:
+                    at_once //= 2
                     continue
-                print(f"| {how} | fope / rope, time | | | {speeds['rope'] / speeds['fope']:.3f} | | |")
+                finally:
+                    step = None
+                speeds[kind] = at_once / statistics.median(seconds)
+                memory = torch.cuda.max_memory_reserved() / 1e9 if cuda else math.nan
+                print(
+                    f"| {preset} | {kind} | {at_once:,} | {memory:.1f} | {speeds[kind]:,.0f} "
+                    f"| {6 * n_params * speeds[kind] / peak:.1%} | {1e10 / 4 / speeds[kind] / 3600:.1f} |",
+                    flush=True,
+                )
+        for other in list(speeds)[1:]:
+            print(f"| {preset} | fope / {other}, time | | | {speeds[other] / speeds['fope']:.3f} | | |")
 
 
 def write_ranks(path: Path, texts: list[str], n: int = 50_256) -> None:

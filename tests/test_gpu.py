@@ -1,0 +1,89 @@
+"""train.py and the model on a CUDA GPU, against the CPU. Skipped where there is no GPU."""
+
+import shutil
+from signal import SIGTERM
+
+import numpy as np
+import pytest
+import torch
+from stops import ROOT, run, start
+from test_train import FOX, at_step, checkpoint, logged, write_data
+
+from model import load_model
+
+GPU = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# The tiny preset on 16 sequences: the recipe's warmup would hardly move the weights in 20 steps.
+FLAGS = "--steps=20 --warmup=0 --log_every=1 --save_every=10 --eval_every=20 --eval_tokens=1024 --eval_trials=0".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "fox", np.resize(FOX, 16 * 512 + 1), FOX[:1100])
+
+
+def trained(out, data, *flags, device=GPU, dtype="float32", compiled="off"):
+    """The run's folder, made unless it is there."""
+    if not out.exists():
+        more = [f"--device={device}", f"--dtype={dtype}", f"--compile={compiled}", *flags]
+        result = run([*FLAGS, f"--data={data}", f"--out={out}", *more])
+        assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("pos", ["fope", "rope", "alibi", "kerple", "fire", "nope"])
+def test_trains_as_on_the_cpu(pos, data, folder):
+    theirs = logged(trained(folder / f"{pos}-cpu", data, f"--pos={pos}", device="cpu"), "loss")
+    ours = logged(trained(folder / f"{pos}-gpu", data, f"--pos={pos}"), "loss")
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4) and len(ours) == 20
+    fast = logged(trained(folder / f"{pos}-fast", data, f"--pos={pos}", dtype="bfloat16", compiled="on"), "loss")
+    assert fast == pytest.approx(theirs, rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("saved_on, loaded_on", [(GPU, "cpu"), ("cpu", GPU)])
+def test_a_checkpoint_moves_between_devices(saved_on, loaded_on, data, folder, tmp_path):
+    saved = trained(folder / f"fope-{'cpu' if saved_on == 'cpu' else 'gpu'}", data, "--pos=fope", device=saved_on)
+    out = shutil.copytree(saved, tmp_path / "fope")
+    model, _ = load_model(out)
+    x = torch.from_numpy(FOX[:1500].astype(np.int64))[None]  # beyond N
+    with torch.no_grad():
+        expected = model.to(saved_on)(x.to(saved_on)).cpu()
+        torch.testing.assert_close(model.to(loaded_on)(x.to(loaded_on)).cpu(), expected, atol=1e-3, rtol=0)
+    longer = [f"--out={out}", "--resume", "--steps=22", f"--device={loaded_on}", "--dtype=float32", "--compile=off"]
+    result = run([*longer, f"--data={data}"])
+    assert result.returncode == 0, result.stderr
+    assert checkpoint(out)["step"] == 22
+
+
+@pytest.mark.parametrize("pos", ["fope", "rope", "alibi", "kerple"])
+def test_generates_with_a_cache(pos, data, folder):
+    model = load_model(trained(folder / f"{pos}-gpu", data, f"--pos={pos}"))[0].to(GPU)
+    tokens = torch.from_numpy(FOX[:40].astype(np.int64))[None].to(GPU)
+    expected = tokens
+    with torch.no_grad():
+        for _ in range(20):
+            expected = torch.cat([expected, model(expected, last=1).argmax(-1)], dim=1)
+    assert model.generate(tokens, 20).tolist() == expected.tolist()
+
+
+def test_stops_at_sigterm_and_resumes(data, folder):
+    whole = trained(folder / "whole", data)
+    flags = [*FLAGS, f"--data={data}", f"--out={folder / 'stopped'}", "--dtype=float32", "--compile=off"]
+    result = run(flags, at_step(8, SIGTERM))
+    assert result.returncode == 0 and checkpoint(folder / "stopped")["step"] == 8, result.stderr
+    assert run([*flags, "--resume"]).returncode == 0
+    assert logged(folder / "stopped", "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
+
+
+def test_torchrun_with_nccl(data, folder):
+    flags = [*FLAGS, f"--data={data}", f"--out={folder / 'nccl'}", "--dtype=float32", "--compile=off"]
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "train.py", *flags)
+    printed = process.communicate()
+    assert process.returncode == 0 and "over nccl" in printed[0], printed
+    assert logged(folder / "nccl", "loss") == pytest.approx(logged(trained(folder / "whole", data), "loss"), rel=1e-5)

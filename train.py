@@ -44,10 +44,10 @@ from model import GPT, PRESETS, GPTConfig, find_device, load_checkpoint
 # How a preset is trained. The paper's recipe (App. A.3) is 10B tokens in steps of 524 288.
 PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000)
 RECIPES = {
-    "tiny": dict(optimizer="muon", final_lr=0.0, log_every=50),
-    "60M": PAPER | dict(micro_tokens=32_768),  # what fits a card of 48 GB. Less does not change the result
+    "tiny": dict(optimizer="muon", final_lr=0.0, log_every=100),
+    "60M": PAPER | dict(micro_tokens=65_536),  # what fits a card of 48 GB. Less does not change the result
     "180M": PAPER | dict(micro_tokens=16_384),
-    "1.2B": PAPER | dict(micro_tokens=4096),
+    "1.2B": PAPER | dict(micro_tokens=8192),
 }
 COMPARED = ("rope", "alibi", "kerple")  # whose committed results the miniature's figure shows
 PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bfloat16 FLOP/s
@@ -64,12 +64,12 @@ class TrainConfig(GPTConfig):
     out: str = ""  # folder for checkpoint, log and evaluation; empty: out/MODEL-POS-sSEED
     resume: bool = False  # continue from the checkpoint in out
     init_from: str = ""  # checkpoint to take the weights and the model's flags from; --pos may be another
-    steps: int = 1800  # optimizer steps
-    batch_tokens: int = 4096  # tokens per step, over all processes
+    steps: int = 3000  # optimizer steps
+    batch_tokens: int = 2048  # tokens per step, over all processes
     micro_tokens: int = 4096  # maximum tokens per micro-batch and process
     lr: float = 2e-3  # learning rate after warmup
     final_lr: float = 0.1  # share of lr that a cosine decays to
-    warmup: int = 100  # steps of linear warmup
+    warmup: int = 200  # steps of linear warmup
     optimizer: str = "adamw"  # adamw for all parameters (the paper's), or muon for the matrices in the blocks
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW

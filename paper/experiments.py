@@ -9,6 +9,7 @@ Results are in paper/results/SCALE/RUN-sSEED.json. Table and figure, EXPERIMENT.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -32,10 +33,11 @@ from train import TrainConfig, configure, on_stop, parse_flags
 # ----------------------------------------------------------------------------------------------------------------------
 # The grid
 
-MINIATURES = {  # tiny3k and tiny5k train with AdamW. The committed results are theirs
+ADAMW = "--model=tiny --optimizer=adamw --final_lr=0.1 --batch_tokens=4096 --warmup=100"
+MINIATURES = {  # tiny3k and tiny5k train with AdamW. Most of the committed results are theirs
     "tiny": "--model=tiny",
-    "tiny3k": "--model=tiny --optimizer=adamw --final_lr=0.1 --steps=3000",
-    "tiny5k": "--model=tiny --optimizer=adamw --final_lr=0.1 --steps=5000",
+    "tiny3k": f"{ADAMW} --steps=3000",
+    "tiny5k": f"{ADAMW} --steps=5000",
 }
 SCALES = MINIATURES | {"60M": "--model=60M", "180M": "--model=180M", "1.2B": "--model=1.2B"}
 LENGTHS = "512,1024,2048,4096,8192"
@@ -131,8 +133,8 @@ def table1() -> list[str]:
         out = f"out/table1-{pos}"
         lines += [
             f"{torchrun()} train.py --init_from=out/smollm --pos={pos} --sigma=0.6 "
-            f"--train_len=4096 --data={data} --batch_tokens=524288 --steps=1907 --warmup=95 --lr=1e-4 --recompute "
-            f"--eval_trials=0 --out={out}",
+            f"--train_len=4096 --data={data} --batch_tokens=524288 --steps=1907 --warmup=95 --optimizer=adamw "
+            f"--lr=1e-4 --recompute --eval_trials=0 --out={out}",
             f"python -m hf.convert to {out} {out}-hf --dtype=bfloat16",
             f"lm_eval --model hf --model_args pretrained={out}-hf,trust_remote_code=True,max_length=32768 "
             f"--tasks {tasks} --log_samples --output_path {out}-scores",
@@ -230,6 +232,7 @@ def main(argv: list[str]) -> None:
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
     add("--trials", type=int, help="passkey trials per length (default: 100 in miniature, else 1000)")
+    add("--jobs", type=int, help="runs at a time in miniature (default: one on every CPU core or GPU)")
     add("--dry_run", action="store_true", help="print all commands and end")
     args = parser.parse_args(argv)
     if args.experiment == "table1":
@@ -246,8 +249,8 @@ def main(argv: list[str]) -> None:
             fail(f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}")
     if args.scale in ("180M", "1.2B") and args.experiment in VARIED:
         fail(f"{args.experiment} varies the 60M model, as the paper does: use --scale=60M or tiny")
-    if trials < 1:
-        fail("--trials must be at least 1")
+    if trials < 1 or (args.jobs is not None and args.jobs < 1):
+        fail("--trials and --jobs must be at least 1")
 
     jobs = {}  # (START, seed): commands. Runs that continue one START are one job, which trains START once
     for seed in seeds:
@@ -273,6 +276,7 @@ def main(argv: list[str]) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",")[:gpus]]
         environments = environments or [{"OMP_NUM_THREADS": "1"}] * cores
+        environments = list(itertools.islice(itertools.cycle(environments), args.jobs or len(environments)))
     queue, failed = iter(jobs.values()), []
     carry_out([worker(queue, environment, failed) for environment in environments])
     report(args.experiment, args.scale)

@@ -109,12 +109,12 @@ out.mkdir(parents=True, exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), end(step=10)))
 (out / "started").touch()
 if flags["--pos"] == "nope":
-    end(step=1800, status=3)
+    end(step=3000, status=3)
 if flags["--pos"] == "fire":
     end(step=20)
 if "--resume" not in sys.argv:
     time.sleep(100)
-end(step=1800)
+end(step=3000)
 """
 EVALUATE = f"""import pathlib, shutil, sys
 out = pathlib.Path(sys.argv[1])
@@ -199,6 +199,15 @@ def test_a_run_that_fails_stops_no_other_run_and_what_is_done_is_not_run_again(f
 
     status, (out, _) = run("fig1", "--runs=rope,fope"), capsys.readouterr()
     assert status == 0 and ".py" not in out and "| fope: passkey | 1 |" in out
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_as_many_runs_at_a_time_as_jobs(jobs, folder, capsys):
+    for name in ("rope-s0", "fope-s0", "alibi-s0"):
+        (folder / "out/tiny" / name).mkdir(parents=True)
+    assert run("fig1", "--runs=rope,fope,alibi", f"--jobs={jobs}") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".py" in line]
+    assert ["train.py" in line for line in lines[: jobs + 1]] == [True] * jobs + [False]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -160,8 +160,8 @@ class RoPE(nn.Module):
 #     f(w_m, n) = cos w_m n + sum_w a_w cos w n                                                                (Eq. 13)
 #            + i (sin w_m n + sum_w b_w sin w n)      otherwise: the pair is kept, and gets a series
 #
-# A clipped pair contributes the same at every distance. The frequency of a kept pair completes a cycle within N tokens.
-# So without the series, no single pair meets an unseen angle beyond N. (Clipping alone is known as p-RoPE, where p, the
+# A clipped pair contributes the same at every distance. A kept pair has gone through all its angles within N tokens. So
+# without the series, no single pair meets an unseen angle beyond N. (Clipping alone is known as p-RoPE, where p, the
 # share of kept pairs, is chosen by hand: Barbero et al., arXiv 2410.06205.)
 #
 # The sums run over D frequencies, among them all kept ones. Each kept pair of each key head has its own a_w and b_w.
@@ -171,8 +171,8 @@ class RoPE(nn.Module):
 class FoPE(RoPE):
     """Multiplies q and k by the factor of Eq. 13. FoPE is RoPE with other tables, so a step costs what RoPE's costs.
 
-    The logit is not exactly a function of distance. The series adds products of a function of s and a function of t
-    that depend on more than s - t. For small sigma they grow in proportion to it. The paper does not mention this.
+    The logit is not exactly a function of the distance s - t. The series adds products such as cos w s cos v t with
+    w != v, which depend on more. For small sigma they grow in proportion to it. The paper does not mention this.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class FoPE(RoPE):
         n_kv_head: int | None = None,  # key heads, by default n_head. Queries use their key head's coefficients
         theta: float = 10_000.0,  # base in (1)
         omega: torch.Tensor | None = None,  # (d/2,) replaces the frequencies of (1), in descending order
-        sigma: float = 0.3,  # scale of the coefficients, see coef_init
+        sigma: float = 0.3,  # scale of the coefficients: see std below
         fourier_series: bool = True,  # False: kept pairs get no series
         clip_floor: bool = True,  # False: pairs below the floor are kept. If both are False, FoPE is RoPE
         n_freqs: int = 0,  # D, the number of frequencies in the series. 0: the kept ones
@@ -267,7 +267,7 @@ class ALiBi(nn.Module):
 
     softmax over j ignores the term slope * i, which is the same for all j. The rest, slope * j, is the product of a
     channel of q that holds slope and a channel of k that holds j. bfloat16 represents every integer exactly only up to
-    256. So three channels hold the base-128 digits of j, which makes j exact below 2^21. slope is split into a rounded
+    256. So three channels hold j in base 128, two of them times 128. j is exact below 2^21. slope is split into a rounded
     value and its remainder, which gives it 16 bits. Two channels of zeros follow, because fused kernels require a
     multiple of eight.
 
@@ -315,7 +315,7 @@ class NoPE(nn.Module):
 
 
 def log_n(q: torch.Tensor, positions, train_len: int, p: float) -> torch.Tensor:
-    """Returns q (B, n_head, T, d), scaled. positions: an offset, or a tensor (T,) or (B, T). n is one more."""
+    """Returns q (B, n_head, T, d), scaled. positions: an offset, or a tensor (T,) or (B, T). n = position + 1."""
     if not isinstance(positions, torch.Tensor):
         positions = torch.arange(positions, positions + q.shape[-2], device=q.device)
     n = (positions + 1).float()[..., None, :, None]  # (1, T, 1) or (B, 1, T, 1)

@@ -267,9 +267,9 @@ class ALiBi(nn.Module):
 
     softmax over j ignores the term slope * i, which is the same for all j. The rest, slope * j, is the product of a
     channel of q that holds slope and a channel of k that holds j. bfloat16 represents every integer exactly only up to
-    256. So three channels hold j in base 128, two of them times 128. j is exact below 2^21. slope is split into a rounded
-    value and its remainder, which gives it 16 bits. Two channels of zeros follow, because fused kernels require a
-    multiple of eight.
+    256. So three channels hold j in base 128, two of them times 128. j is exact below 2^21. slope is split into a
+    rounded value and its remainder, which gives it 16 bits. Two channels of zeros follow, because fused kernels require
+    a multiple of eight.
 
     Call attention with scale=head_dim ** -0.5, pad v by eight channels too, and drop them from the result.
     """

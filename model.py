@@ -200,9 +200,7 @@ class GPT(nn.Module):
         if min(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.n_hidden, cfg.vocab_size, cfg.train_len) < 1:
             raise ValueError("n_layer, n_head, n_embd, n_hidden, vocab_size and train_len must be at least 1")
         if cfg.n_embd % cfg.n_head or cfg.n_head % cfg.kv_heads:
-            raise ValueError(
-                f"n_head {cfg.n_head} must divide n_embd {cfg.n_embd}, and n_kv_head {cfg.n_kv_head} n_head"
-            )
+            raise ValueError(f"n_head {cfg.n_head} must divide n_embd {cfg.n_embd}, n_kv_head {cfg.kv_heads} n_head")
         self.cfg, self.recompute = cfg, False
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))

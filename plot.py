@@ -190,9 +190,7 @@ def label_ends(axis, lines: list) -> None:
 
 
 @best_effort
-def figure(
-    results: list[dict], path: Path, title: str = "", xlabel: str = "length in tokens", varied=None, reference=()
-) -> None:
+def figure(results: list[dict], path: Path, title="", xlabel="length in tokens", varied=None, reference=()) -> None:
     """Passkey accuracy and perplexity against length: each group's mean, and a band over the range of its seeds.
 
     With `varied` {group: value}, both are drawn against that value instead, with a line for each length. `reference`:

@@ -218,13 +218,10 @@ class Machine:
 
 def load_data(cfg: TrainConfig, machine: Machine) -> tuple[np.ndarray, np.ndarray, dict]:
     """Training tokens, validation tokens and meta.json. Sets cfg.vocab_size. Refuses what would fail hours later."""
-    if (
-        Path(cfg.data) == Path("data/builtin")
-        and os.environ.get("LOCAL_RANK", "0") == "0"
-        and not Path(cfg.data).exists()
-    ):
+    folder = Path(cfg.data)
+    if folder == Path("data/builtin") and not folder.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         machine.say("making the built-in corpus")
-        prepare.builtin(Path(cfg.data))
+        prepare.builtin(folder)
     machine.sum(0)  # the other processes wait until it is there
     tokens, meta = prepare.load(cfg.data, "train")
     val_tokens, _ = prepare.load(cfg.data, "val")
@@ -385,8 +382,7 @@ def build_or_resume(cfg: TrainConfig, checkpoint, source, meta: dict, machine: M
     model.reserve(cfg.train_len)  # before torch.compile
     optimizers = make_optimizers(model, cfg)
     if checkpoint:
-        states = checkpoint["optimizer"]  # an older version saved AdamW's alone
-        for optimizer, state in zip(optimizers, states if isinstance(states, list) else [states], strict=True):
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             optimizer.load_state_dict(state)
     start = checkpoint["step"] if checkpoint else 0
     first = machine.sum(float(start) if machine.main else 0.0)[0]

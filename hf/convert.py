@@ -162,11 +162,10 @@ def from_hf(folder: Path, work: Path, out: Path) -> None:
 def rope_parameters(model: GPT) -> dict | None:
     """The entry of config.json that makes a plain Llama compute the model's position embedding. None: there is none."""
     cfg, position = model.cfg, model.blocks[0].attention.position
-    if cfg.logn or cfg.whole_cycles or (cfg.logit_scale != 1 and cfg.scaling != "yarn"):
+    has_series = getattr(position, "coef", None) is not None
+    if has_series or cfg.logn or cfg.whole_cycles or (cfg.logit_scale != 1 and cfg.scaling != "yarn"):
         return None
     M, base = len(position.omega), {"rope_type": "default", "rope_theta": cfg.theta}
-    if getattr(position, "coef", None) is not None:
-        return None
     if cfg.pos == "fope" and M < cfg.head_dim // 2:
         if position.n_ones or cfg.scaling != "none":
             return None

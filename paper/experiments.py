@@ -54,11 +54,9 @@ EXPERIMENTS = {  # the runs of each, in the order of the paper's legend
     "logn": ["alibi", "kerple", "rope", "fope", "fope-no-fs", "fope-no-cf"],
 }
 LOGN = {"fig1": ["rope", "fope"], "logn": EXPERIMENTS["logn"]}  # runs whose results with log n, p = 2, are shown too
-SIGMAS = dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))
-DS = dict(zip(EXPERIMENTS["fig6c"], (16, 32, 64, 128)))
 VARIED = {  # figures whose x axis is not the length
-    "fig6b": dict(xlabel="sigma", varied=SIGMAS),
-    "fig6c": dict(xlabel="number of frequencies D", varied=DS),
+    "fig6b": dict(xlabel="sigma", varied=dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))),
+    "fig6c": dict(xlabel="number of frequencies D", varied=dict(zip(EXPERIMENTS["fig6c"], (16, 32, 64, 128)))),
 }
 TITLES = {("fig1", "tiny5k"): "FoPE's perplexity stays far below RoPE's beyond N. KERPLE and ALiBi retrieve farther"}
 

@@ -31,10 +31,6 @@ from model import GPT, find_device, load_model
 RESULTS = ROOT / "paper/results"
 
 
-def device_of(model: GPT) -> torch.device:
-    return model.head.weight.device
-
-
 def mean_qk(model: GPT, checkpoint: dict) -> dict:
     """Mean |q| and |k| before rotation, by layer, head and dimension, over 64 validation sequences."""
     N, seen = model.cfg.train_len, []  # (q, k) of each layer, each (n_head, head_dim)
@@ -45,7 +41,7 @@ def mean_qk(model: GPT, checkpoint: dict) -> dict:
         )
         for block in model.blocks
     ]
-    model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N).to(device_of(model)))
+    model(torch.from_numpy(tokens[: 64 * N].astype(np.int64)).view(64, N).to(model.head.weight.device))
     for hook in hooks:
         hook.remove()
     return {name: np.round([layer[i].tolist() for layer in seen], 3).tolist() for i, name in enumerate("qk")}
@@ -72,7 +68,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
             cfg.logn, found = p, []
             for document in documents:
                 seen.clear()
-                model(torch.from_numpy(document[None, :-1].astype(np.int64)).to(device_of(model)), last=1)
+                model(torch.from_numpy(document[None, :-1].astype(np.int64)).to(model.head.weight.device), last=1)
                 text = bytes(document.astype(np.uint8))
                 key = text[-5:]
                 first = text.index(key)
@@ -121,10 +117,11 @@ def reading_head(rows: list[dict], N: int) -> str:
 def loss_by_position(model: GPT, data: str, split: str, length: int, windows: int, bins: int = 16) -> list[float]:
     """Mean loss in nats in each of `bins` equal pieces of `length` tokens, over the first `windows` texts."""
     tokens, _ = load(data, split)
-    hidden, total = [], torch.zeros(length, device=device_of(model))
+    device, hidden = model.head.weight.device, []
+    total = torch.zeros(length, device=device)
     hook = model.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0]))
     for i in range(windows):
-        both = torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64)).to(device_of(model))
+        both = torch.from_numpy(tokens[i * length : (i + 1) * length + 1].astype(np.int64)).to(device)
         hidden.clear()
         model(both[None, :-1], last=1)
         pieces = zip(hidden[0].split(256), both[1:].split(256))  # the logits of all tokens would take gigabytes
@@ -154,12 +151,8 @@ def main(argv: list[str]) -> None:
         except ValueError as error:
             fail(str(error))
         model.to(device)
-        facts = {
-            "pos": model.cfg.pos,
-            "step": checkpoint["step"],
-            "seed": model.cfg.seed,
-            "train_len": model.cfg.train_len,
-        }
+        cfg = model.cfg
+        facts = {"pos": cfg.pos, "step": checkpoint["step"], "seed": cfg.seed, "train_len": cfg.train_len}
         if args.what == "qk":
             found = mean_qk(model, checkpoint)
         elif args.what == "attention":

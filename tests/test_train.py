@@ -334,22 +334,6 @@ def test_a_finished_run_can_be_made_longer(data, reference, tmp_path):
     assert checkpoint(tmp_path / "out")["step"] == 25
 
 
-def test_a_checkpoint_with_adamw_alone_resumes(data, tmp_path):
-    """Older versions saved one optimizer instead of a list of them, and no flags --optimizer and --final_lr."""
-    argv = flags(data, tmp_path / "old", "--optimizer=adamw", "--final_lr=0.1", "--steps=10")
-    assert run(argv).returncode == 0
-    old = checkpoint(tmp_path / "old")
-    old["optimizer"] = old["optimizer"][0]
-    del old["config"]["optimizer"], old["config"]["final_lr"]
-    (tmp_path / "new").mkdir()
-    torch.save(old, tmp_path / "new" / "ckpt.pt")
-    (tmp_path / "new" / "log.jsonl").write_bytes((tmp_path / "old" / "log.jsonl").read_bytes())
-    for name in ("old", "new"):
-        end = run(["--resume", f"--out={tmp_path / name}", "--steps=12"])
-        assert end.returncode == 0, end.stderr
-    assert_same_run(tmp_path / "new", tmp_path / "old")
-
-
 def test_the_log_has_the_same_steps_stopped_or_not(data, tmp_path):
     """With lines at every fifth step, a stop at step 13 leaves no line of its own."""
     argv = flags(data, tmp_path / "out", "--log_every=5")

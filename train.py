@@ -382,8 +382,12 @@ def build_or_resume(cfg: TrainConfig, checkpoint, source, meta: dict, machine: M
     model.reserve(cfg.train_len)  # before torch.compile
     optimizers = make_optimizers(model, cfg)
     if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
+        states = checkpoint["optimizer"]  # an older version saved AdamW's alone
+        try:
+            for optimizer, state in zip(optimizers, states if isinstance(states, list) else [states], strict=True):
+                optimizer.load_state_dict(state)
+        except ValueError:  # Muon once had a single parameter group
+            fail(f"{out} has the optimizer state of another version: --out=NAME starts another run")
     start = checkpoint["step"] if checkpoint else 0
     first = machine.sum(float(start) if machine.main else 0.0)[0]
     if machine.sum(float(start != first))[0]:  # from here on, the main process may write

@@ -97,6 +97,8 @@ def hub_sources(corpus: str, work: Path) -> tuple[str, list[Source]]:
         else:
             names = HfApi().list_repo_files(repository, repo_type="dataset")
             sources = [(name, None) for name in sorted(names) if name.endswith(".parquet")]
+            if not sources:
+                fail(f"{repository} on the hub has no .parquet file")
         commit = get_hf_file_metadata(hf_hub_url(repository, sources[0][0], repo_type="dataset")).commit_hash
         replace_file(kept, lambda f: f.write(json.dumps([commit, sources]).encode()))
     commit, sources = json.loads(kept.read_text())

@@ -144,9 +144,12 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     file = RESULTS / {"qk": "qk_means.json", "attention": "attention.json", "loss": "loss_by_position.json"}[args.what]
     results = json.loads(file.read_text()) if file.exists() else {}  # a run that is measured again replaces its own
+    try:
+        device, _, _ = find_device(args.device)
+    except ValueError as error:
+        fail(str(error))
     for run in args.runs:
         try:
-            device, _, _ = find_device(args.device)
             model, checkpoint = load_model(run)
         except ValueError as error:
             fail(str(error))

@@ -14,8 +14,11 @@ from model import load_model
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-# The tiny preset on 16 sequences: the recipe's warmup would hardly move the weights in 20 steps.
-FLAGS = "--steps=20 --warmup=0 --log_every=1 --save_every=10 --eval_every=20 --eval_tokens=1024 --eval_trials=0".split()
+# The tiny preset on 16 sequences, 8 a step. The recipe's warmup would hardly move the weights in 20 steps.
+FLAGS = (
+    "--steps=20 --warmup=0 --batch_tokens=4096 --log_every=1 --save_every=10 --eval_every=20 --eval_tokens=1024 "
+    "--eval_trials=0"
+).split()
 
 
 @pytest.fixture(scope="module")

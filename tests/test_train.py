@@ -334,6 +334,33 @@ def test_a_finished_run_can_be_made_longer(data, reference, tmp_path):
     assert checkpoint(tmp_path / "out")["step"] == 25
 
 
+def test_a_checkpoint_with_adamw_alone_resumes(data, tmp_path):
+    """Older versions saved one optimizer instead of a list of them, and no flags --optimizer and --final_lr."""
+    argv = flags(data, tmp_path / "old", "--optimizer=adamw", "--final_lr=0.1", "--steps=10")
+    assert run(argv).returncode == 0
+    old = checkpoint(tmp_path / "old")
+    old["optimizer"] = old["optimizer"][0]
+    del old["config"]["optimizer"], old["config"]["final_lr"]
+    (tmp_path / "new").mkdir()
+    torch.save(old, tmp_path / "new" / "ckpt.pt")
+    (tmp_path / "new" / "log.jsonl").write_bytes((tmp_path / "old" / "log.jsonl").read_bytes())
+    for name in ("old", "new"):
+        end = run(["--resume", f"--out={tmp_path / name}", "--steps=12"])
+        assert end.returncode == 0, end.stderr
+    assert_same_run(tmp_path / "new", tmp_path / "old")
+
+
+def test_an_optimizer_state_of_another_shape_is_refused_in_one_line(data, tmp_path):
+    argv = flags(data, tmp_path / "out", "--steps=10")
+    assert run(argv).returncode == 0
+    saved = checkpoint(tmp_path / "out")
+    muon = saved["optimizer"][1]
+    muon["param_groups"] = [muon["param_groups"][0] | {"params": [0, 1, 2, 3]}]  # as before its groups were by shape
+    torch.save(saved, tmp_path / "out" / "ckpt.pt")
+    end = run(["--resume", f"--out={tmp_path / 'out'}", "--steps=12"])
+    assert end.returncode == 2 and len(ours(end.stderr)) == 1 and "another version" in end.stderr
+
+
 def test_the_log_has_the_same_steps_stopped_or_not(data, tmp_path):
     """With lines at every fifth step, a stop at step 13 leaves no line of its own."""
     argv = flags(data, tmp_path / "out", "--log_every=5")

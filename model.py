@@ -188,6 +188,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+@torch.no_grad()
+def draw_weights(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    """Draws from a normal distribution, and what is beyond three standard deviations again.
+
+    These are the numbers of nn.init.trunc_normal_ in torch 2.13. Older versions draw others from the same seed.
+    """
+    weight.normal_(0, std, generator=generator)
+    while (far := weight.abs() > 3 * std).any():
+        weight[far] = torch.empty_like(weight).normal_(0, std, generator=generator)[far]
+
+
 class GPT(nn.Module):
     """GPT(cfg)(tokens) returns logits (B, T, vocab_size). GPT(cfg)(tokens, targets) returns the mean loss in nats.
 
@@ -209,10 +220,9 @@ class GPT(nn.Module):
         if cfg.tied:
             self.head.weight = self.embedding.weight
         generator = torch.Generator().manual_seed(cfg.seed)
-        cut = 3 * cfg.init_std
         for name, weight in self.named_parameters():
-            if weight.dim() == 2 and ".position." not in name:
-                nn.init.trunc_normal_(weight, std=cfg.init_std, a=-cut, b=cut, generator=generator)
+            if weight.dim() == 2 and ".position." not in name and not weight.is_meta:
+                draw_weights(weight, cfg.init_std, generator)
 
     def n_params(self) -> int:
         """Parameters with one embedding matrix counted, as in the paper's names and in the 6 n D FLOPs of a step."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from baselines import whole_cycles
 from fope import FoPE, rope_frequencies
 from hf.convert import in_llama_names
-from model import GPT, PRESETS, GPTConfig, find_device, load_model
+from model import GPT, PRESETS, GPTConfig, draw_weights, find_device, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIONS = ["fope", "rope", "alibi", "kerple", "fire", "nope"]
@@ -87,6 +87,10 @@ def test_a_seed_gives_all_embeddings_the_same_weights():
         weights[pos] = dict(GPT(config(pos, seed=3)).named_parameters())
     for name, weight in weights["nope"].items():
         assert all(torch.equal(weight, weights[pos][name]) for pos in POSITIONS), name
+    drawn = torch.empty(100, 100)  # the numbers of torch 2.13. A version that draws others makes old seeds worthless
+    draw_weights(drawn, 1.0, torch.Generator().manual_seed(7))
+    assert drawn[0, :3].tolist() == pytest.approx([-0.820135, 0.395631, 0.898908], abs=1e-6)
+    assert drawn.sum().item() == pytest.approx(198.976, abs=1e-2)
     other = GPT(config("nope", seed=4)).embedding.weight
     assert torch.isclose(other, weights["nope"]["embedding.weight"]).float().mean() < 0.01
 

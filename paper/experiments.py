@@ -33,13 +33,7 @@ from train import TrainConfig, configure, on_stop, parse_flags
 # ----------------------------------------------------------------------------------------------------------------------
 # The grid
 
-ADAMW = "--model=tiny --optimizer=adamw --final_lr=0.1 --batch_tokens=4096 --warmup=100"
-MINIATURES = {  # tiny3k and tiny5k train with AdamW. Most of the committed results are theirs
-    "tiny": "--model=tiny",
-    "tiny3k": f"{ADAMW} --steps=3000",
-    "tiny5k": f"{ADAMW} --steps=5000",
-}
-SCALES = MINIATURES | {"60M": "--model=60M", "180M": "--model=180M", "1.2B": "--model=1.2B"}
+SCALES = {name: f"--model={name}" for name in ("tiny", "60M", "180M", "1.2B")}
 LENGTHS = "512,1024,2048,4096,8192"
 
 EXPERIMENTS = {  # the runs of each, in the order of the paper's legend
@@ -51,17 +45,19 @@ EXPERIMENTS = {  # the runs of each, in the order of the paper's legend
     "fig6c": ["fope", "fope-d32", "fope-d64", "fope-d128"],
     "table2": ["rope", "rope-qknorm", "rope-a", "rope-a-qknorm", "nope", "nope-qknorm"],
     "release": ["fope", "fope-release", "fope-normal"],
-    "logn": ["alibi", "kerple", "rope", "fope", "fope-no-fs", "fope-no-cf"],
+    "logn": ["alibi", "kerple", "fire", "rope", "fope"],
 }
-LOGN = {"fig1": ["rope", "fope"], "logn": EXPERIMENTS["logn"]}  # runs whose results with log n, p = 2, are shown too
+LOGN = {  # the runs of each whose results with log n, p = 2, are shown too
+    "fig1": ["rope", "fope"],
+    "fig6a": ["fope", "fope-no-fs", "fope-no-cf"],
+    "table2": ["rope", "rope-qknorm"],
+    "logn": EXPERIMENTS["logn"],
+}
 VARIED = {  # figures whose x axis is not the length
     "fig6b": dict(xlabel="sigma", varied=dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))),
     "fig6c": dict(xlabel="number of frequencies D", varied=dict(zip(EXPERIMENTS["fig6c"], (16, 32, 64, 128)))),
 }
-TITLES = {
-    ("fig1", "tiny"): "With log n at test time, FoPE finds nine keys in ten at 8N. RoPE finds almost none",
-    ("fig1", "tiny5k"): "FoPE's perplexity stays far below RoPE's beyond N. KERPLE and ALiBi retrieve farther",
-}
+TITLES = {"fig1": "With log n at test time, FoPE finds nine keys in ten at 8N. RoPE finds almost none"}  # of tiny
 
 
 def flags_of_runs(p: TrainConfig) -> dict[str, str]:
@@ -92,7 +88,7 @@ def flags_of_runs(p: TrainConfig) -> dict[str, str]:
 
 def runs_of(experiment: str, scale: str) -> list[str]:
     """books-RUN is RUN trained on books and tested on other text: Figure 5 and, at the paper's scale, Figure 6a."""
-    books = experiment == "fig5" or (experiment == "fig6a" and scale not in MINIATURES)
+    books = experiment == "fig5" or (experiment == "fig6a" and scale != "tiny")
     return [f"books-{run}" if books else run for run in EXPERIMENTS[experiment]]
 
 
@@ -103,19 +99,19 @@ def torchrun() -> str:
 def commands(run: str, seed: int, scale: str, trials: int) -> dict[str, str]:
     """The commands of a run in their order, and the folder that each works in."""
     flags = flags_of_runs(configure(parse_flags(SCALES[scale].split())))
-    python = "python" if scale in MINIATURES else torchrun()
+    python = "python" if scale == "tiny" else torchrun()
     books, start, lines = run.startswith("books-"), run.split("-then-")[0], {}
-    train_on, test_on = ("data/books", "data/essay") if scale in MINIATURES else ("data/gutenberg", "data/c4")
+    train_on, test_on = ("books", ("speeches", "essay")) if scale == "tiny" else ("gutenberg", ("c4",))
     for name in dict.fromkeys([start, run]):
         out = f"out/{scale}/{name}-s{seed}"
         line = f"{python} train.py {SCALES[scale]} {flags[name.removeprefix('books-')]}"
-        line += f" --data={train_on}" if books else ""
+        line += f" --data=data/{train_on}" if books else ""
         line += f" --init_from=out/{scale}/{start}-s{seed}" if name != start else ""
         line += f" --seed={seed} --out={out} --eval_trials=0"
         line += " --resume" if (ROOT / out).exists() else ""
         lines[line] = out
     line = f"python eval_passkey.py {out} --lengths={LENGTHS} --trials={trials} --logn=0,2"
-    return lines | {f"{line} --data={test_on}" if books else line: out}
+    return lines | ({f"{line} --data=data/{name}": out for name in test_on} if books else {line: out})
 
 
 def table1() -> list[str]:
@@ -154,7 +150,8 @@ def done(out: str, line: str) -> bool:
         return last["step"] == configure(parse_flags(line.split("train.py ")[1].split())).steps
     (run, seed), data = out.removeprefix("out/").rsplit("-s", 1), line.partition("--data=data/")[2]
     stem = f"eval-on-{data}" if data else "eval"
-    for logn in ("-logn2", ""):  # the one without comes last: it says that the run is done
+    run += "-on-speeches" * (data == "speeches")
+    for logn in ("-logn2", ""):  # the last result, that of RUN itself without log n, says that the run is done
         result = (ROOT / out / f"{stem}{logn}.json").read_bytes()
         kept = ROOT / f"paper/results/{run}{logn}-s{seed}.json"
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -206,8 +203,9 @@ def carry_out(workers: list) -> None:
 
 def report(experiment: str, scale: str) -> None:
     """Writes the experiment's table and figure, from every seed that has a result."""
-    folder, title = ROOT / "paper/results" / scale, TITLES.get((experiment, scale), "")
+    folder, title = ROOT / "paper/results" / scale, TITLES.get(experiment, "") if scale == "tiny" else ""
     runs = runs_of(experiment, scale) + [f"{run}-logn2" for run in LOGN.get(experiment, ())]
+    runs += [f"{run}-on-speeches" for run in runs if run.startswith("books-")]
     files = [file for run in runs for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
     try:
         found = [plot.read_result(file) for file in files]
@@ -229,10 +227,10 @@ def main(argv: list[str]) -> None:
     parser.error = fail
     add = parser.add_argument
     add("experiment", choices=[*EXPERIMENTS, "table1"], help="table1 only prints its commands, with --dry_run")
-    add("--scale", choices=SCALES, default="tiny", help="tiny3k and tiny5k: AdamW for 3000 and 5000 steps")
+    add("--scale", choices=SCALES, default="tiny", help="the size of the model (default: tiny)")
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
-    add("--trials", type=int, help="passkey trials per length (default: 100 in miniature, else 1000)")
+    add("--trials", type=int, help="passkey trials per length (default: 50 in miniature, else 1000)")
     add("--jobs", type=int, help="runs at a time in miniature (default: one on every CPU core or GPU)")
     add("--dry_run", action="store_true", help="print all commands and end")
     args = parser.parse_args(argv)
@@ -241,13 +239,10 @@ def main(argv: list[str]) -> None:
             fail("table1 needs GPUs and a network: type the commands that --dry_run prints")
         return say("\n".join(table1()))
     seeds, known = numbers("--seeds", args.seeds, 0), runs_of(args.experiment, args.scale)
-    runs, miniature = args.runs.split(",") if args.runs else known, args.scale in MINIATURES
-    trials = (100 if miniature else 1000) if args.trials is None else args.trials
+    runs, miniature = args.runs.split(",") if args.runs else known, args.scale == "tiny"
+    trials = (50 if miniature else 1000) if args.trials is None else args.trials
     if unknown := set(runs) - set(known):
         fail(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
-    if miniature and args.experiment == "fig5" and not args.dry_run:
-        for name in (name for name in ("books", "essay") if not (ROOT / "data" / name).exists()):
-            fail(f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}")
     if args.scale in ("180M", "1.2B") and args.experiment in VARIED:
         fail(f"{args.experiment} varies the 60M model, as the paper does: use --scale=60M or tiny")
     if trials < 1 or (args.jobs is not None and args.jobs < 1):
@@ -262,6 +257,9 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         say("\n".join(line for job in jobs.values() for line in job))
         return
+    if jobs and miniature and args.experiment == "fig5":
+        for name in (name for name in ("books", "speeches", "essay") if not (ROOT / "data" / name).exists()):
+            fail(f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}")
     try:
         folder = ROOT / "paper/results" / args.scale
         folder.mkdir(parents=True, exist_ok=True)

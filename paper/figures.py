@@ -58,20 +58,20 @@ def frequencies(N: int = 512, theta: float = 10_000.0, head_dim: int = 64, sigma
     top.set(yscale="log", xlabel="pair m", ylabel="cycles within N tokens")
     top.legend()
 
-    n, M = torch.arange(2 * N + 1), int(kept.sum())
-    rope = RoPE(head_dim=head_dim, theta=theta).cos_sin(n)[0][0].numpy()  # (2 N + 1, head_dim / 2)
+    t, M = torch.arange(2 * N + 1), int(kept.sum())
+    rope = RoPE(head_dim=head_dim, theta=theta).cos_sin(t)[0][0].numpy()  # (2 N + 1, head_dim / 2)
     fope = np.ones_like(rope)  # the factor of clipped pairs
-    fope[:, :M] = FoPE(n_head=1, head_dim=head_dim, train_len=N, theta=theta, sigma=sigma, seed=0).cos_sin(n)[0][0]
+    fope[:, :M] = FoPE(n_head=1, head_dim=head_dim, train_len=N, theta=theta, sigma=sigma, seed=0).cos_sin(t)[0][0]
     shown = [m for m in (M - 4, M - 1, M + 1, M + 6) if 0 <= m < len(omega)]
     for row, m in enumerate(shown):
-        unseen = (n > N) & (omega[m] * n < 2 * np.pi)
-        (fope_line,) = bottom.plot(n, fope[:, m] - 3 * row, **FOPE)
-        (seen_line,) = bottom.plot(n, np.where(unseen, np.nan, rope[:, m]) - 3 * row, "k", linewidth=2)
-        (unseen_line,) = bottom.plot(n, np.where(unseen, rope[:, m], np.nan) - 3 * row, "k:", linewidth=2)
+        unseen = (t > N) & (omega[m] * t < 2 * np.pi)
+        (fope_line,) = bottom.plot(t, fope[:, m] - 3 * row, **FOPE)
+        (seen_line,) = bottom.plot(t, np.where(unseen, np.nan, rope[:, m]) - 3 * row, "k", linewidth=2)
+        (unseen_line,) = bottom.plot(t, np.where(unseen, rope[:, m], np.nan) - 3 * row, "k:", linewidth=2)
         bottom.annotate(f"pair {m}", (2 * N * 1.02, -3 * row), annotation_clip=False, va="center")
     bottom.vlines(N, 1.5 - 3 * len(shown), 1.5, color="0.5", linewidth=1)
     bottom.set_xticks([0, N, 2 * N], ["0", f"N = {N}", f"2N = {2 * N}"])
-    bottom.set(xlim=(0, 2 * N), ylim=(1.5 - 3 * len(shown), 6.5), yticks=[], xlabel="position n in tokens")
+    bottom.set(xlim=(0, 2 * N), ylim=(1.5 - 3 * len(shown), 6.5), yticks=[], xlabel="position t in tokens")
     bottom.set_ylabel("real part of the factor")
     labels = ["FoPE", "RoPE", "RoPE, at angles unseen in training"]
     bottom.legend([fope_line, seen_line, unseen_line], labels, loc="upper left", frameon=False)
@@ -278,7 +278,7 @@ def main() -> None:
         draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=200)
         print(f"written: {FOLDER / draw.__name__}.png")
     print("\ndeparture of the logit from a function of distance, N = 512, five draws: mean (range)")
-    print("| model | σ | xavier (release) | normal (text) |\n|---|---|---|---|")
+    print("| model | σ | xavier (release) | normal (paper) |\n|---|---|---|---|")
     models = (("tiny", 2, 64, 0.3), ("60M", 8, 64, 0.3), ("180M", 8, 128, 0.4), ("1.2B", 16, 128, 0.6))
     for name, n_head, head_dim, sigma in models:
         cells = []

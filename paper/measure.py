@@ -127,7 +127,7 @@ def loss_by_position(model: GPT, data: str, split: str, length: int, windows: in
         pieces = zip(hidden[0].split(256), both[1:].split(256))  # the logits of all tokens would take gigabytes
         total += torch.cat([F.cross_entropy(model.head(x), y, reduction="none") for x, y in pieces])
     hook.remove()
-    return (total / windows).view(bins, -1).mean(-1).round(decimals=4).tolist()
+    return [round(x, 4) for x in (total / windows).view(bins, -1).mean(-1).tolist()]
 
 
 @torch.no_grad()

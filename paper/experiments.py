@@ -57,7 +57,10 @@ VARIED = {  # figures whose x axis is not the length
     "fig6b": dict(xlabel="sigma", varied=dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))),
     "fig6c": dict(xlabel="number of frequencies D", varied=dict(zip(EXPERIMENTS["fig6c"], (16, 32, 64, 128)))),
 }
-TITLES = {"fig1": "With log n at test time, FoPE finds nine keys in ten at 8N. RoPE finds almost none"}  # of tiny
+TITLES = {  # of the figures of tiny that the pages show
+    "fig1": "With log n at test time, FoPE finds nine keys in ten at 8N. RoPE finds almost none",
+    "logn": "Log n lets FoPE retrieve far beyond N. It harms KERPLE and FIRE",
+}
 
 
 def flags_of_runs(p: TrainConfig) -> dict[str, str]:

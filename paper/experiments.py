@@ -207,7 +207,8 @@ def carry_out(workers: list) -> None:
 def report(experiment: str, scale: str) -> None:
     """Writes the experiment's table and figure, from every seed that has a result."""
     folder, title = ROOT / "paper/results" / scale, TITLES.get(experiment, "") if scale == "tiny" else ""
-    runs = runs_of(experiment, scale) + [f"{run}-logn2" for run in LOGN.get(experiment, ())]
+    names = dict(zip(EXPERIMENTS[experiment], runs_of(experiment, scale)))
+    runs = [*names.values(), *(f"{names[run]}-logn2" for run in LOGN.get(experiment, ()))]
     runs += [f"{run}-on-speeches" for run in runs if run.startswith("books-")]
     files = [file for run in runs for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -242,6 +243,16 @@ def test_figure_6c_is_drawn_against_the_number_of_frequencies(results):
     experiments.report("fig6c", "tiny")
     varied = experiments.plot.figure.call_args.kwargs["varied"]
     assert varied == {"fope": 16, "fope-d32": 32, "fope-d64": 64, "fope-d128": 128}
+
+
+def test_the_log_n_rows_of_a_run_on_books_are_its_own(results):
+    (results / "60M").mkdir()
+    for name in ("fope", "fope-logn2"):
+        for run in (name, f"books-{name}"):
+            shutil.copy(results / f"tiny/{run}-s0.json", results / f"60M/{run}-s0.json")
+    experiments.report("fig6a", "60M")
+    rows = re.findall(r"^\| (\S+): passkey", (results / "60M/fig6a.md").read_text(), re.MULTILINE)
+    assert rows == ["books-fope", "books-fope-logn2"]
 
 
 def test_results_that_are_not_alike_are_refused_in_one_line(results, capsys):

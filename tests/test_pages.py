@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,20 +91,45 @@ def test_the_verdicts_have_the_numbers_of_the_committed_tables():
     assert checked > 60
 
 
+def results(folder, run):
+    """The results of the four seeds of a run."""
+    found = [json.loads(file.read_text()) for file in (ROOT / "paper/results" / folder).glob(f"{run}-s[0-9].json")]
+    assert len(found) == 4
+    return found
+
+
+def mean_passkey(found):
+    return np.mean([[right / r["trials"] for right in r["passkey"]] for r in found], axis=0)
+
+
 def test_the_front_page_compares_what_the_results_hold():
-    cells = []
+    names = (
+        "passkey; perplexity at N",
+        "passkey at 2N, 4N",
+        "passkey behind ordinary text, at 1.5N",
+        "passkey; perplexity at 16N",
+    )
+    columns = []
     for run in ("rope", "fope", "fope-logn2", "alibi", "kerple"):
-        files = (ROOT / "paper/results/tiny").glob(f"{run}-s[0-9].json")
-        found = [json.loads(file.read_text()) for file in files]
-        assert len(found) == 4
-        passkey = [sum(r["passkey"][i] / r["trials"] for r in found) / 4 for i in range(5)]
-        perplexity = [sum(r["perplexity"][i] for r in found) / 4 for i in range(5)]
-        row = [f"{passkey[0]:.2f}; {perplexity[0]:.2f}", f"{passkey[1]:.2f}, {passkey[2]:.2f}"]
-        cells.append([*row, f"{passkey[4]:.2f}; {perplexity[4]:.2f}"])
-    names = ("passkey; perplexity at N", "passkey at 2N, 4N", "passkey; perplexity at 16N")
+        found = results("tiny", run)
+        n, n2, n4, _, n16 = mean_passkey(found)
+        behind = mean_passkey(results("behind_text", run))[2]
+        first, *_, last = np.mean([r["perplexity"] for r in found], axis=0)
+        columns.append([f"{n:.2f}; {first:.2f}", f"{n2:.2f}, {n4:.2f}", f"{behind:.2f}", f"{n16:.2f}; {last:.2f}"])
     page = (ROOT / "README.md").read_text()
-    for name, *row in zip(names, *cells):
+    for name, *row in zip(names, *columns):
         assert f"| {name} | {' | '.join(row)} |\n" in page
+
+
+def test_the_probe_behind_text_has_the_numbers_of_the_results():
+    page = (ROOT / "paper/README.md").read_text()
+    labels = {"alibi": "ALiBi", "kerple": "KERPLE", "fope": "FoPE", "rope": "RoPE"}
+    labels |= {f"{run}-logn2": f"{labels[run]}, `--logn=2`" for run in ("fope", "rope")}
+    for run, label in labels.items():
+        found = results("behind_text", run)
+        shares = zip(*([right / r["trials"] for right in r["passkey"]] for r in found))
+        cells = [f"{np.mean(x):.2f} ({min(x):.2f}-{max(x):.2f})" for x in shares]
+        assert f"| {label} | {' | '.join(cells)} |\n" in page
 
 
 def test_the_losses_of_smollm2_are_the_measured_ones():

@@ -6,7 +6,7 @@
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py --model=60M
 
 The last command runs on each of two machines. Both need the data, and a disk that they share for --out. SIGTERM, SIGHUP
-and SIGUSR1 save a checkpoint and stop. torchrun passes on all of them with
+and SIGUSR1 save a checkpoint and stop. torchrun forwards all of them, if given
 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1.
 
 The order of the data depends on the seed and the step alone. So a resumed run continues bit for bit, and 1, 2 or 4
@@ -63,7 +63,7 @@ class TrainConfig(GPTConfig):
     data: str = "data/builtin"  # folder with train.bin and val.bin
     out: str = ""  # folder for checkpoint, log and evaluation; empty: out/MODEL-POS-sSEED
     resume: bool = False  # continue from the checkpoint in out
-    init_from: str = ""  # checkpoint to take the weights and the model's flags from; --pos may be another
+    init_from: str = ""  # checkpoint to take the weights and the model's flags from; --pos may differ
     steps: int = 3000  # optimizer steps
     batch_tokens: int = 2048  # tokens per step, over all processes
     micro_tokens: int = 4096  # maximum tokens per micro-batch and process
@@ -110,7 +110,8 @@ def boolean(text: str) -> bool:
 
 def parse_flags(argv: list[str]) -> dict:
     """The flags that the command line gives, as --name=value or --name value, and the folder `out` that they mean."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = f"{__doc__.splitlines()[0]} --model changes some of these defaults: see RECIPES, and PRESETS in model.py."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
     types, group = {f.name: f for f in fields(TrainConfig)}, None
     for line in [line for cls in (TrainConfig, GPTConfig) for line in inspect.getsource(cls).splitlines()]:

@@ -1,6 +1,6 @@
 """The paper's pre-training experiments. Each is one command, in miniature or at the paper's scale.
 
-    python paper/experiments.py fig1                 in miniature: one run at a time on every CPU core or GPU
+    python paper/experiments.py fig1                 in miniature: one run per CPU core or GPU, side by side
     python paper/experiments.py fig1 --scale=1.2B    as in the paper: torchrun on all GPUs, one run after another
 
 A run is a command of train.py and one of eval_passkey.py. Both are printed, and you can type them instead. A run that

@@ -270,8 +270,12 @@ def main(argv: list[str]) -> None:
     files = []
     for path in args.runs:
         inside = [*path.glob("eval.json"), *sorted(path.glob("eval-logn*.json")), *path.glob("log.jsonl")]
+        if not path.exists():
+            parser.error(f"there is no {path}: name the folder of a run, or a file in it")
         if path.is_dir() and not inside:
             parser.error(f"{path} has no eval.json and no log.jsonl: name the folder of a run")
+        if [file.name for file in inside] == ["log.jsonl"]:
+            print(f"{path} has no eval.json: only its loss is drawn")
         files += inside or [path]
     try:
         logs = [file for file in files if file.suffix == ".jsonl"]

@@ -57,7 +57,7 @@ def lock(path: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        fail(f"another process is working in {path.parent}: wait until it ends, or name another folder with --out")
+        fail(f"another process is working in {path.parent}: run this again when it has ended, or name another folder")
     except OSError:  # some network file systems
         pass
     return file

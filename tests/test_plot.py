@@ -217,17 +217,19 @@ def test_without_matplotlib_one_line_says_so(monkeypatch, tmp_path, capsys, modu
 def test_command_overlays_run_folders_and_needs_no_other_file_of_the_project(tmp_path):
     shutil.copy(ROOT / "plot.py", tmp_path)
     folders = [run_folder(tmp_path / result["name"], LOG, result) for result in RESULTS]
+    folders.append(run_folder(tmp_path / "unfinished"))
     command = [sys.executable, "plot.py", *folders, "--out=new/all"]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=100)
     out = tmp_path / "new/all"
     assert sorted(path.name for path in out.iterdir()) == ["eval.md", "eval.png", "loss.png"]
     assert (out / "eval.md").read_text() == TABLE + "\n" and TABLE in done.stdout
+    assert "unfinished has no eval.json: only its loss is drawn" in done.stdout
     assert matplotlib.image.imread(out / "eval.png").shape[1] == 1280  # 6.4 inches at 200 dpi
 
 
 BAD = [  # arguments, and what the line says
     ("{d}/good/eval.json {d}/good", "same name and seed 0"),
-    ("{d}/nothing", "nothing is not a whole result"),
+    ("{d}/nothing", "nothing: name the folder of a run"),
     ("{d}/empty", "empty has no eval.json and no log.jsonl"),
     ("{d}/cut.json", "cut.json is not a whole result"),
     ("{d}/unequal.json", "unequal.json is not a whole result"),

@@ -3,8 +3,8 @@
     python paper/experiments.py fig1                 in miniature: one run per CPU core or GPU, side by side
     python paper/experiments.py fig1 --scale=1.2B    as in the paper: torchrun on all GPUs, one run after another
 
-A run is a command of train.py and one of eval_passkey.py. Both are printed, and you can type them instead. A run that
-has a result is skipped. Ctrl-C and SIGTERM let the running commands save, and then the same command resumes.
+A run is a command of train.py and one of eval_passkey.py (two in fig5). They are printed. You can type them instead.
+A run that has a result is skipped. Ctrl-C and SIGTERM let the running commands save, and then the same command resumes.
 Results are in paper/results/SCALE/RUN-sSEED.json. Table and figure, EXPERIMENT.md and .png beside them, show all seeds.
 """
 

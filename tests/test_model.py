@@ -87,12 +87,16 @@ def test_a_seed_gives_all_embeddings_the_same_weights():
         weights[pos] = dict(GPT(config(pos, seed=3)).named_parameters())
     for name, weight in weights["nope"].items():
         assert all(torch.equal(weight, weights[pos][name]) for pos in POSITIONS), name
-    drawn = torch.empty(100, 100)  # the numbers of torch 2.13. A version that draws others makes old seeds worthless
+    other = GPT(config("nope", seed=4)).embedding.weight
+    assert torch.isclose(other, weights["nope"]["embedding.weight"]).float().mean() < 0.01
+
+
+def test_every_version_of_torch_draws_the_weights_of_2_13():
+    """A version that draws others from a seed makes the committed seeds worthless."""
+    drawn = torch.empty(100, 100)
     draw_weights(drawn, 1.0, torch.Generator().manual_seed(7))
     assert drawn[0, :3].tolist() == pytest.approx([-0.820135, 0.395631, 0.898908], abs=1e-6)
     assert drawn.sum().item() == pytest.approx(198.976, abs=1e-2)
-    other = GPT(config("nope", seed=4)).embedding.weight
-    assert torch.isclose(other, weights["nope"]["embedding.weight"]).float().mean() < 0.01
 
 
 def test_every_option_reaches_the_embedding():

@@ -98,8 +98,9 @@ def results(folder, run):
     return found
 
 
-def mean_passkey(found):
-    return np.mean([[right / r["trials"] for right in r["passkey"]] for r in found], axis=0)
+def passkey(found):
+    """The accuracy, (seeds, lengths)."""
+    return np.array([[right / r["trials"] for right in r["passkey"]] for r in found])
 
 
 def test_the_front_page_compares_what_the_results_hold():
@@ -112,8 +113,8 @@ def test_the_front_page_compares_what_the_results_hold():
     columns = []
     for run in ("rope", "fope", "fope-logn2", "alibi", "kerple"):
         found = results("tiny", run)
-        n, n2, n4, _, n16 = mean_passkey(found)
-        behind = mean_passkey(results("behind_text", run))[2]
+        n, n2, n4, _, n16 = passkey(found).mean(0)
+        behind = passkey(results("behind_text", run)).mean(0)[2]
         first, *_, last = np.mean([r["perplexity"] for r in found], axis=0)
         columns.append([f"{n:.2f}; {first:.2f}", f"{n2:.2f}, {n4:.2f}", f"{behind:.2f}", f"{n16:.2f}; {last:.2f}"])
     page = (ROOT / "README.md").read_text()
@@ -126,15 +127,14 @@ def test_the_probe_behind_text_has_the_numbers_of_the_results():
     labels = {"alibi": "ALiBi", "kerple": "KERPLE", "fope": "FoPE", "rope": "RoPE"}
     labels |= {f"{run}-logn2": f"{labels[run]}, `--logn=2`" for run in ("fope", "rope")}
     for run, label in labels.items():
-        found = results("behind_text", run)
-        shares = zip(*([right / r["trials"] for right in r["passkey"]] for r in found))
-        cells = [f"{np.mean(x):.2f} ({min(x):.2f}-{max(x):.2f})" for x in shares]
+        columns = passkey(results("behind_text", run)).T
+        cells = [f"{x.mean():.2f} ({x.min():.2f}-{x.max():.2f})" for x in columns]
         assert f"| {label} | {' | '.join(cells)} |\n" in page
 
 
 def test_the_losses_of_smollm2_are_the_measured_ones():
-    results = json.loads((ROOT / "paper/results/loss_by_position.json").read_text())
+    measured = json.loads((ROOT / "paper/results/loss_by_position.json").read_text())
     page = (ROOT / "hf/README.md").read_text()
     for run in ("smol", "smol-swap", "smol-fope", "smol-rope"):
-        quarters = torch.tensor(results[run]["loss"]).view(4, 4).mean(1).tolist()
+        quarters = torch.tensor(measured[run]["loss"]).view(4, 4).mean(1).tolist()
         assert f" | {' | '.join(f'{x:.2f}' for x in quarters)} |\n" in page

@@ -24,7 +24,7 @@ from fope import ALiBi, FoPE, NoPE, RoPE, log_n, rope_frequencies
 
 PRESETS = {  # the paper's names count one embedding matrix
     # The paper's init_std 0.02 is 0.45 / sqrt(n_embd) at 60M. At width 128 it is too small: retrieval starts late.
-    "tiny": dict(n_layer=3, n_head=2, n_embd=128, n_hidden=512, init_std=0.06),
+    "tiny": dict(n_layer=3, n_head=4, n_embd=128, n_hidden=512, init_std=0.06),
     "60M": dict(n_layer=8, n_head=8, n_embd=512, n_hidden=2048, sigma=0.3),
     "180M": dict(n_layer=8, n_head=8, n_embd=1024, n_hidden=4096, sigma=0.4),
     "1.2B": dict(n_layer=16, n_head=16, n_embd=2048, n_hidden=8192, sigma=0.6),
@@ -37,7 +37,7 @@ class GPTConfig:
 
     # model
     n_layer: int = 3  # blocks
-    n_head: int = 2  # query heads
+    n_head: int = 4  # query heads
     n_kv_head: int = 0  # key-value heads; 0: as many as query heads
     n_embd: int = 128  # width
     n_hidden: int = 512  # width inside the MLP

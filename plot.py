@@ -207,7 +207,7 @@ def figure(results: list[dict], path: Path, title="", xlabel="length in tokens",
         for name, runs in groups.items():
             for run in runs:
                 for length, value in zip(lengths, accuracy(run) if axis is axes[0] else run["perplexity"]):
-                    label, x = f"{name} (n={len(runs)})", length
+                    label, x = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})", length
                     if varied:
                         label, x = f"{length} tokens" + " = N" * (train_lens == [length]), varied[name]
                     curves.setdefault(label, {}).setdefault(x, []).append(value)

@@ -104,7 +104,7 @@ AT_LEAST = {"n_layer": 1, "n_head": 1, "n_embd": 1, "n_hidden": 1, "train_len": 
 
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 

@@ -34,17 +34,24 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
     return head + filler[:before] + info + filler[: room - before] + tail + answer, len(answer)
 
 
-def drill(rng: np.random.Generator, length: int) -> np.ndarray:
-    """Return (length,) byte tokens that repeat one key with pieces of filler between: retrieval at every distance.
+def byte_tokens(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def drill(rng: np.random.Generator, length: int, text: np.ndarray) -> np.ndarray:
+    """Return (length,) byte tokens that repeat one key with pieces of `text` between: retrieval at every distance.
 
     A passkey document has only six bytes that need retrieval, too few for a small model to learn from. In a drill it is
-    up to one byte in eight. Each drill draws the longest piece of its filler: 16, 32, .. 256 bytes.
+    up to one byte in eight. Half of the keys have digits only. The others have letters too, which seldom repeat within
+    a key, so the model learns to copy sooner. Each drill draws the longest of its pieces: 16, 32, .. 256 tokens. `text`
+    must have more.
     """
-    key, longest = rng.integers(10_000, 100_000), 2 ** rng.integers(4, 9)
-    lines = [INFORMATION, QUESTION + ANSWER, "The pass key is {k}."]
-    filler = " ".join([FILLER] * 3)
-    start, text = rng.integers(100), ""
-    while len(text) < start + length:
-        text += lines[rng.integers(len(lines))].format(k=key) + "\n"
-        text += filler[: rng.integers(longest)] + "\n"
-    return np.frombuffer(text[start : start + length].encode(), dtype=np.uint8)
+    characters = "0123456789abcdefghijklmnopqrstuvwxyz"[: rng.choice([10, 36])]
+    key, longest = "".join(rng.choice(list(characters), 5)), 2 ** rng.integers(4, 9)
+    lines = (INFORMATION, QUESTION + ANSWER, "The pass key is {k}.")
+    lines = [byte_tokens(f"{line}\n".format(k=key)) for line in lines]
+    skipped, parts = rng.integers(100), []
+    while sum(map(len, parts)) < skipped + length:
+        start, n = rng.integers(len(text) - longest), rng.integers(longest)
+        parts += [lines[rng.integers(len(lines))], text[start : start + n], byte_tokens("\n")]
+    return np.concatenate(parts)[skipped : skipped + length]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python data/prepare.py`
 
 from data.files import fail, lock, replace_file, say
-from data.passkey import drill, passkey_document
+from data.passkey import FILLER, drill, passkey_document
 from data.read import BLOCK, FORMATS, VAL_SHARE, Source, held_out, import_parquet, local_sources, pieces
 from data.tokenizer import get_tokenizer
 
@@ -58,8 +58,9 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
     """Write Python's standard library in byte tokens to the folder `out`. Returns what meta.json holds.
 
     The training split consists of windows of `length` tokens. `share` of them are passkey text, and three in four of
-    these are drills: a model of 1 M parameters does not learn retrieval from text alone. The validation split is text
-    only, whole modules that the training split does not have.
+    these are drills: a model of 1 M parameters does not learn retrieval from text alone. Half of the drills have
+    filler between the keys, and half have text from the training split. The validation split is text only, whole
+    modules that the training split does not have.
     """
     with workspace(out, ["builtin"]) as work:
         source, documents = standard_library()
@@ -71,10 +72,11 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
         text, val = np.concatenate(splits[False]), np.concatenate(splits[True])
         text = text[: len(text) // length * length].reshape(-1, length)
         rng = np.random.default_rng(seed)
+        between = [np.frombuffer(f"{FILLER} ".encode() * 10, np.uint8), text.ravel()]
         passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
         for window in passkey:
             document, _ = passkey_document(tokenizer, length, int(rng.integers(10_000, 100_000)), rng.random())
-            window[:] = drill(rng, length) if rng.random() < 0.75 else document
+            window[:] = drill(rng, length, between[rng.integers(2)]) if rng.random() < 0.75 else document
         train = rng.permutation(np.concatenate([text, passkey])).ravel()
         facts = {"source": source, "documents": len(documents), "passkey_share": share, "window": length}
         return save(work, out, tokenizer, train, val, facts)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fope import FoPE, RoPE, rope_frequencies
+from model import PRESETS, GPTConfig
 
 FOLDER, RESULTS = ROOT / "paper/figures", ROOT / "paper/results"
 FOPE = dict(color="#d55e00", linewidth=4)
@@ -250,7 +251,7 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
                     curves[p].setdefault(row["length"], []).append(row["share"][layer][head])
         for p, points in curves.items():
             values = list(points.values())
-            label = f"{pos}, {'p = 2' if p else 'without log n'} (n={len(values[0])})"
+            label = f"{pos}, {'p = 2' if p else 'without log n'} ({len(values[0])} seed{'s' * (len(values[0]) > 1)})"
             dash = dict(linestyle="-" if p else "--", linewidth=look["linewidth"] if p else 1.5)
             axis.plot(list(points), [np.mean(v) for v in values], label=label, marker="o", **look | dash)
             low, high = [min(v) for v in values], [max(v) for v in values]
@@ -279,14 +280,13 @@ def main() -> None:
         print(f"written: {FOLDER / draw.__name__}.png")
     print("\ndeparture of the logit from a function of distance, N = 512, five draws: mean (range)")
     print("| model | σ | xavier (release) | normal (paper) |\n|---|---|---|---|")
-    models = (("tiny", 2, 64, 0.3), ("60M", 8, 64, 0.3), ("180M", 8, 128, 0.4), ("1.2B", 16, 128, 0.6))
-    for name, n_head, head_dim, sigma in models:
-        cells = []
+    for name, preset in PRESETS.items():
+        cfg, cells = GPTConfig(**preset), []
         for coef_init in ("xavier", "normal"):
-            shape = dict(n_head=n_head, head_dim=head_dim, train_len=512, sigma=sigma, coef_init=coef_init)
+            shape = dict(n_head=cfg.n_head, head_dim=cfg.head_dim, sigma=cfg.sigma, coef_init=coef_init, train_len=512)
             found = [departure(FoPE(**shape, seed=seed), 512) for seed in range(5)]
             cells.append(f"{np.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})")
-        print(f"| {name} | {sigma} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name} | {cfg.sigma} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

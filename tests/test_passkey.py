@@ -58,8 +58,15 @@ def test_depth_is_the_share_of_filler_before_the_information(depth):
     assert (len(before), len(after)) == (1000 * depth, 1000 - 1000 * depth)
 
 
-def test_a_drill_is_bytes_about_one_key():
-    texts = [bytes(drill(np.random.default_rng(seed), 512)).decode() for seed in range(50)]
-    keys = [set(re.findall(r"\d{5}", text)) for text in texts]
-    assert {len(text) for text in texts} == {512} and {len(key) for key in keys} == {1}
-    assert len(set.union(*keys)) > 45
+def test_a_drill_repeats_one_key_between_pieces_of_the_text():
+    text = np.arange(1000, 2000, dtype=np.uint16)  # no byte has such values
+    keys = set()
+    for seed in range(50):
+        tokens = drill(np.random.default_rng(seed), 512, text)
+        assert len(tokens) == 512
+        text_of_lines = bytes(tokens[tokens < 256].astype(np.uint8)).decode()
+        (key,) = set(re.findall(r"(?<=pass key is )(\w{5})(?=[.\n])", text_of_lines))
+        keys.add(key)
+        piece = np.diff(tokens.astype(int))[(tokens[:-1] >= 1000) & (tokens[1:] >= 1000)]
+        assert (piece == 1).all()
+    assert len(keys) > 45 and 15 < sum(key.isdigit() for key in keys) < 35

@@ -131,7 +131,7 @@ def fig(tmp_path_factory):
 
 def test_figure_shows_mean_and_range_of_the_seeds(fig):
     for axis, means, low_high in zip(fig.axes, ([0.5, 0.1], [4, 3.5]), ([0, 0.9], [2, 6])):
-        curve, band = lines_of(axis)["small-fope (n=3)"], axis.collections[0].get_paths()[0]
+        curve, band = lines_of(axis)["small-fope (3 seeds)"], axis.collections[0].get_paths()[0]
         assert curve.get_xdata().tolist() == [512, 1024]
         assert curve.get_ydata().tolist() == pytest.approx(means)
         assert band.get_extents().intervaly.tolist() == pytest.approx(low_high)
@@ -168,7 +168,7 @@ def test_labels_at_the_ends_do_not_overlap(tmp_path, count):
 def test_reference_results_are_dashed_lines_beside_a_run_of_the_same_name(tmp_path):
     axes = drawn(plot.figure, RESULTS[:1], tmp_path / "eval.png", reference=RESULTS[:3]).axes
     lines = {line.get_label(): line.get_linestyle() for line in axes[0].lines if line.get_label()[0] != "_"}
-    assert lines == {"small-fope (n=1)": "-", "small-fope reference (n=3)": "--"}
+    assert lines == {"small-fope (1 seed)": "-", "small-fope reference (3 seeds)": "--"}
 
 
 def test_figure_against_what_is_varied_has_a_line_for_each_length(tmp_path):

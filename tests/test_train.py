@@ -610,7 +610,7 @@ BAD = {  # flags, and what the line must contain
     "unknown flag": ("--learning_rate=1", "--learning_rate=1; python train.py --help"),
     "abbreviated flag": ("--warm=1", "--warm=1"),
     "no number": ("--lr=abc", "abc"),
-    "no boolean": ("--fourier_series=maybe", "maybe"),
+    "no boolean": ("--fourier_series=maybe", "'maybe' is neither true nor false"),
     "negative seed": ("--seed=-1", "--seed must be at least 0"),
     "learning rate no number": ("--lr=nan", "--lr must be at least 0"),
     "clip zero": ("--clip=0", "--clip must be above 0"),

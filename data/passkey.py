@@ -18,9 +18,9 @@ ANSWER = " {k}"
 def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[list[int], int]:
     """Return (document, n): a list of exactly `length` tokens, of which the last n are the answer.
 
-    The document has five lines: task, filler, information, filler, question and answer. The filler is cut, token by
-    token, to fill the length. `depth` in [0, 1] is the share of the filler that stands before the information.
-    Raises ValueError if `length` is too short for the fixed strings, which have 253 bytes.
+    The document has five lines: task, filler, information, filler, and the question with its answer. The filler is
+    cut, token by token, to fill the length. `depth` in [0, 1] is the share of the filler that stands before the
+    information. Raises ValueError if `length` is too short for the fixed strings, which have 253 bytes.
     """
     encode = tokenizer.encode_ordinary
     head, tail = encode(TASK + "\n"), encode("\n" + QUESTION)
@@ -41,10 +41,10 @@ def byte_tokens(text: str) -> np.ndarray:
 def drill(rng: np.random.Generator, length: int, text: np.ndarray) -> np.ndarray:
     """Return (length,) byte tokens that repeat one key with pieces of `text` between: retrieval at every distance.
 
-    A passkey document has only six bytes that need retrieval, too few for a small model to learn from. In a drill it is
-    up to one byte in eight. Half of the keys have digits only. The others have letters too, which seldom repeat within
-    a key, so the model learns to copy sooner. Each drill draws the longest of its pieces: 16, 32, .. 256 tokens. `text`
-    must have more.
+    A passkey document has only six bytes that need retrieval, too few for a small model to learn from. In a drill, up
+    to one byte in eight needs it. Half of the keys have digits only. The others have letters too, which seldom repeat
+    within a key, so the model learns to copy sooner. Each drill draws one limit for the length of its pieces: 16, 32,
+    .. 256 tokens. `text` must be longer than 256 tokens.
     """
     characters = "0123456789abcdefghijklmnopqrstuvwxyz"[: rng.choice([10, 36])]
     key, longest = "".join(rng.choice(list(characters), 5)), 2 ** rng.integers(4, 9)

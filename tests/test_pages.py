@@ -104,11 +104,24 @@ def passkey(found):
     return np.array([[right / r["trials"] for right in r["passkey"]] for r in found])
 
 
+def test_at_n_the_four_embeddings_find_399_or_400_of_400_keys():
+    found = [r for run in ("rope", "fope", "alibi", "kerple") for r in results("trials400", run)]
+    assert {(*r["passkey"], r["trials"], *r["lengths"]) for r in found} == {(399, 400, 512), (400, 400, 512)}
+
+
+def test_the_front_page_shows_what_train_py_printed():
+    page = (ROOT / "README.md").read_text()
+    for run in ("fope", "fope-logn2"):
+        result = json.loads((ROOT / f"paper/results/cpu/{run}-s0.json").read_text())
+        for name, values in (("perplexity", result["perplexity"]), ("passkey", np.divide(result["passkey"], 50))):
+            assert f"| tiny-{run}: {name} | 1 | {' | '.join(f'{x:.2f}' for x in values)} |\n" in page
+
+
 def test_the_front_page_compares_what_the_results_hold():
     names = (
         "passkey; perplexity at N",
         "passkey at 2N, 4N",
-        "passkey behind ordinary text, at 1.5N",
+        "passkey prompt after N/2 ordinary bytes",
         "passkey; perplexity at 16N",
     )
     columns = []

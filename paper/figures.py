@@ -239,7 +239,8 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
 
     runs: what measure.attention_on_key() found in each model, by default the committed results.
     """
-    fig, (axis,) = panels(1, "Attention on the key fades beyond N.\nWith log n, FoPE's stays up to 8N", 4)
+    finding = "" if runs else ".\nWith log n, FoPE's stays up to 8N"
+    fig, (axis,) = panels(1, f"Attention on the key fades beyond N{finding}", 4)
     runs = runs or json.loads((RESULTS / "attention.json").read_text()).values()
     for pos, look in (("rope", dict(color="black", linewidth=2)), ("fope", FOPE)):
         curves = {0.0: {}, 2.0: {}}  # p: length: one share per seed

@@ -234,6 +234,7 @@ def test_wandb_logs_the_loss(monkeypatch, data, tmp_path):
     train.main()
     assert [values["loss"] for values in seen if "loss" in values] == logged(tmp_path / "out", "loss")
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and wandb.run is None  # written and finished
+    wandb.teardown()  # its service would complain when pytest ends
 
 
 def test_without_wandb_one_line_names_the_package(data, tmp_path):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python data/prepare.py`
 
 from data.files import fail, lock, replace_file, say
-from data.passkey import FILLER, drill, passkey_document
+from data.passkey import FILLER, byte_tokens, drill, passkey_document
 from data.read import BLOCK, FORMATS, VAL_SHARE, Source, held_out, import_parquet, local_sources, pieces
 from data.tokenizer import get_tokenizer
 
@@ -68,15 +68,18 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
         splits = {False: [], True: []}
         for name, text in documents:
             split = splits[held_out(hashlib.sha256(name.encode()).digest(), 0.03)]
-            split += [np.frombuffer(text.encode(), np.uint8), np.array([tokenizer.eot], np.uint16)]
+            split += [byte_tokens(text), np.array([tokenizer.eot], np.uint16)]
         text, val = np.concatenate(splits[False]), np.concatenate(splits[True])
         text = text[: len(text) // length * length].reshape(-1, length)
         rng = np.random.default_rng(seed)
-        between = [np.frombuffer(f"{FILLER} ".encode() * 10, np.uint8), text.ravel()]
+        between = [byte_tokens(f"{FILLER} " * 10), text.ravel()]
         passkey = np.empty((round(len(text) * share / (1 - share)), length), dtype=np.uint16)
         for window in passkey:
-            document, _ = passkey_document(tokenizer, length, int(rng.integers(10_000, 100_000)), rng.random())
-            window[:] = drill(rng, length, between[rng.integers(2)]) if rng.random() < 0.75 else document
+            key, depth = int(rng.integers(10_000, 100_000)), rng.random()
+            if rng.random() < 0.75:
+                window[:] = drill(rng, length, between[rng.integers(2)])
+            else:
+                window[:] = passkey_document(tokenizer, length, key, depth)[0]
         train = rng.permutation(np.concatenate([text, passkey])).ravel()
         facts = {"source": source, "documents": len(documents), "passkey_share": share, "window": length}
         return save(work, out, tokenizer, train, val, facts)

@@ -1,0 +1,120 @@
+"""What the commands share: the one-line error, printing, the atomic file write, the lock, the device."""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
+
+
+def local_rank() -> int:
+    """The number of this process on its machine. A launcher started it if RANK is set; else it is alone."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if "RANK" in os.environ else 0
+
+
+class UserError(Exception):
+    """Something that the user can put right: a flag, a file, a folder, a network. The message says what to do.
+
+    Every other exception is a bug, in this repository or in a change to it, and keeps its traceback.
+    """
+
+
+def command(main):
+    """Decorates the main(argv) of a command: a UserError becomes one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None):
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            if local_rank() == 0:  # of several processes on a machine, one prints
+                say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", sys.stderr)
+            raise SystemExit(2) from None
+
+    return run
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the first line of a module's docstring as its description, and a UserError as its error."""
+
+    def __init__(self, docstring: str, **options):
+        super().__init__(description=docstring.splitlines()[0], allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def say(text: str, file=None) -> None:
+    """Print. An output error never ends the program: a closed pipe, a full disk, a character the terminal lacks."""
+    file = file or sys.stdout
+    try:
+        try:
+            print(text, file=file, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode(file.encoding, "replace").decode(file.encoding), file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is still in the buffer goes there too
+
+
+def replace_file(path: Path, write) -> None:
+    """Replace a file as a whole: write(f) fills a temporary file beside it, which is synced and then renamed."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def lock(path: Path):
+    """Open the file `path` and lock it until it is closed or this process ends, by SIGKILL too. Returns the open file.
+
+    Raises UserError if another process holds the lock. Where the system has no locks, the file is only opened.
+    """
+    file = open(path, "ab", buffering=0)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another process is working in {path.parent}: wait for it, or name another folder") from None
+    except OSError:  # some network file systems
+        pass
+    return file
+
+
+def find_device(device: str = "auto", dtype: str = "auto"):
+    """The device, the name of the dtype, and a function that returns the autocast context for it. Raises UserError.
+
+    auto: cuda, else mps, else cpu; bfloat16 where the hardware computes in it, else float32 (always on mps).
+    """
+    import torch
+
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype!r} is unknown: use auto, bfloat16 or float32")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":  # a launcher numbers the processes of a machine, and each takes one card
+        device = f"cuda:{local_rank()}"
+    try:
+        found = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # unknown, not compiled into this torch, or not there
+        raise UserError(f"--device {device!r} does not work: {str(error).splitlines()[0][:100]}") from error
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+        has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        flags = torch.cpu.get_capabilities() if found.type == "cpu" else {}
+        has_bfloat16 = flags.get("avx512_bf16") or flags.get("amx_bf16")
+    if dtype == "auto":
+        dtype = "bfloat16" if has_bfloat16 else "float32"
+    return found, dtype, functools.partial(torch.autocast, found.type, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -103,7 +103,8 @@ class LearnedBias(NoPE):
 class KERPLE(LearnedBias):
     """Chi et al., arXiv 2205.09921, logarithmic form: bias = -r1 log(1 + r2 |i - j|), with r1, r2 > 0 per head.
 
-    They start uniform in (0, 2) and (0, 1). As in the authors' code, a parameter below 0.01 is set to 0.01.
+    They start uniform in (0, 2) and (0, 1). As in the authors' code, a parameter that a step takes below 0.01 is set to
+    0.01.
     """
 
     def __init__(self, *, n_head: int, seed: int):
@@ -111,11 +112,14 @@ class KERPLE(LearnedBias):
         generator = torch.Generator().manual_seed(seed)
         start = torch.rand(2, n_head, 1, 1, generator=generator, dtype=torch.float32, device="cpu")
         self.r1, self.r2 = nn.Parameter(2 * start[0]), nn.Parameter(start[1])
+        self.constrain()
+
+    @torch.no_grad()
+    def constrain(self):
+        self.r1.clamp_(min=0.01)
+        self.r2.clamp_(min=0.01)
 
     def bias(self, i, j):
-        with torch.no_grad():
-            self.r1.clamp_(min=0.01)
-            self.r2.clamp_(min=0.01)
         r1, r2 = self.precise()
         return -r1 * torch.log1p(r2 * (i - j).abs().unsqueeze(-3))
 

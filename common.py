@@ -1,9 +1,14 @@
-"""What the commands share: the one-line error, printing, the atomic file write, the lock, the device."""
+"""What the commands share: flags and the one-line error, printing, the atomic file write, the lock, the device."""
 
 import argparse
 import functools
+import inspect
+import math
 import os
+import re
 import sys
+import typing
+from dataclasses import fields
 from pathlib import Path
 
 try:
@@ -49,6 +54,45 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def add_flags(parser: Parser, cls) -> None:
+    """Makes every field of a dataclass a flag, --name=value. The comment beside the field is the flag's help.
+
+    A comment line in the class begins a group. Flags that are not given are left out of the parsed arguments.
+    """
+    group, left = parser, {f.name: f for f in fields(cls)}
+    for line in "".join(inspect.getsource(some) for some in cls.__mro__[:-1]).splitlines():
+        if heading := re.fullmatch(r"    # (.*)", line):
+            group = parser.add_argument_group(heading[1])
+        if (match := re.fullmatch(r"    (\w+): .*?  # (.*)", line)) and match[1] in left:
+            f = left.pop(match[1])
+            (kind,) = {f.type, *typing.get_args(f.type)} & {bool, int, float, str}  # `float | None` is a float
+            options = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
+            text = f"{match[2]} ({kind.__name__}, default {f.default!r})".replace("%", "%%")
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **options)
+    if left:
+        raise TypeError(f"{', '.join(left)} of {cls.__name__}: a comment beside the field must say what the flag does")
+
+
+def at_least(options, least: float, names: str) -> None:
+    """Raises UserError unless each of the named options, given as one string, is from `least` up and finite."""
+    for name in names.split():
+        if not least <= getattr(options, name) < math.inf:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
+
+
+def one_of(options, **choices) -> None:
+    """Raises UserError unless each of the named options is among its choices."""
+    for name, known in choices.items():
+        if getattr(options, name) not in known:
+            raise UserError(f"--{name} {getattr(options, name)!r} is unknown: use one of {', '.join(known)}")
+
+
 def say(text: str, file=None) -> None:
     """Print. An output error never ends the program: a closed pipe, a full disk, a character the terminal lacks."""
     file = file or sys.stdout
@@ -80,7 +124,7 @@ def lock(path: Path):
 
     Raises UserError if another process holds the lock. Where the system has no locks, the file is only opened.
     """
-    file = open(path, "ab", buffering=0)
+    file = open(path, "ab")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,12 +31,13 @@ from tqdm import tqdm
 
 import plot
 from baselines import scaled
-from data.files import fail, replace_file, say
+from common import UserError, command, find_device, replace_file, say
+from data.files import fail
 from data.passkey import passkey_document
-from data.prepare import load
+from data.read import load
 from data.tokenizer import get_tokenizer
 from fope import RoPE
-from model import GPT, find_device, load_model
+from model import GPT, load_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two measurements
@@ -96,7 +96,7 @@ def scale_frequencies(model: GPT, scaling: str, scale: float) -> None:
         return
     if model.cfg.scaling != "none":
         raise ValueError(f"the model was trained with --scaling={model.cfg.scaling}: leave --scaling out")
-    N, d, theta = model.cfg.train_len, model.cfg.head_dim, model.cfg.theta
+    N, d, theta = model.cfg.train_len, model.cfg.d, model.cfg.theta
     for block in model.blocks:
         position = block.attention.position
         if not isinstance(position, RoPE):
@@ -155,7 +155,7 @@ def plan(path: Path, args, lengths: list[int] | None, dtype: str) -> tuple[list[
     run, dash, seed = folder.name.rpartition("-s")
     run, seed = (run, dash + seed) if seed.isdigit() else (folder.name, "")
     results = []
-    for p in args.logn or [model.cfg.logn]:
+    for p in args.logn or [model.logn]:
         stem = args.stem + (f"-logn{p:g}" if p else "")
         results.append({
             "name": run + stem.removeprefix("eval") + seed,  # NAME-yarn4-s0 is another model than NAME-s0
@@ -188,7 +188,7 @@ def measure(path: Path, results: list[dict], texts: list[np.ndarray], tokenizer,
                 for name in ("passkey", "by_depth", "perplexity", "perplexity_ratio"):
                     result[name] += results[0][name][-1:]
                 continue
-            model.cfg.logn = result["logn"]
+            model.logn = result["logn"]
             right = passkey_right(model, documents, answers, args.batch_tokens, autocast)
             perplexities = [perplexity(model, text, length, args.batch_tokens, autocast) for text in texts]
             result["passkey"].append(int(right.sum()))
@@ -250,6 +250,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@command
 def main(argv: list[str]) -> None:
     args = parse(argv)
     plans, lengths = [], args.lengths
@@ -267,7 +268,7 @@ def main(argv: list[str]) -> None:
         out = args.out or Path(os.path.commonpath([Path(result["file"]).parent for result in results]))
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         fail(str(error))
 
     problems = []
@@ -296,4 +297,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -10,20 +10,21 @@ To use it in your own model, copy the file and apply one module per layer to the
 
 With left padding, positions is (mask.cumsum(-1) - 1).clamp(min=0), where mask (B, T) is 1 for real tokens.
 
-Notation: d is head_dim. N is the training length in tokens. n is a position or a distance in tokens.
-Equations (1) to (4) use this file's own numbers. "Eq. 13" is an equation of the FoPE paper (Hua et al., ICML 2025,
-arXiv 2412.17739). "The release" is the code published by the paper's authors.
+Notation: d is head_dim, N the training length in tokens, s and t the positions of a query and a key, and n = s - t
+their distance. Equations (1) to (4) use this file's own numbers. "Eq. 13" is an equation of the FoPE paper (Hua et al.,
+ICML 2025, arXiv 2412.17739). "The release" is the code published by the paper's authors.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # RoPE (Su et al., arXiv 2104.09864)
 #
-# Attention compares a query with a key through their dot product. By itself, this product does not depend on how far
+# Attention compares a query with a key through their dot product, the logit. By itself, it does not depend on how far
 # apart the two tokens are. RoPE groups the d dimensions into pairs. Pair m gets a frequency, from 1 to about 1/theta:
 #
 #     w_m = theta^(-2m/d),   m = 0 .. d/2-1                                                                     (1)
@@ -38,16 +39,17 @@ def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> torch.Tensor:
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
 
 
-# At position n, RoPE rotates pair m by the angle w_m n. Treat the pair (a, b) as the complex number z = a + ib:
+# At position t, RoPE rotates pair m by the angle w_m t. Treat the pair (a, b) as the complex number z = a + ib:
 #
-#     z  ->  z exp(i w_m n),   that is,   (a, b)  ->  (a cos w_m n - b sin w_m n,  b cos w_m n + a sin w_m n)       (2)
+#     z  ->  z exp(i w_m t),   that is,   (a, b)  ->  (a cos w_m t - b sin w_m t,  b cos w_m t + a sin w_m t)       (2)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Equation (2) for x (..., T, d), with cos and sin (..., T, M). Computes in the dtype of cos, returns that of x.
 
     Pair m consists of dimensions m and m + d/2, as in Hugging Face's Llama and in the release. Pairs from M on are
-    returned unchanged: FoPE clips them.
+    returned unchanged. Meta's Llama and rotary-embedding-torch pair dimensions 2m and 2m + 1 instead. To move such
+    weights here, reorder the rows of W_q and W_k: w.view(heads, d // 2, 2, -1).transpose(1, 2).reshape(w.shape).
     """
     M = cos.shape[-1]
     first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (..., T, d/2) each
@@ -55,85 +57,76 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
 
 
-# Rotate the query at position s and the key at position t. Their dot product multiplies exp(i w_m s) by the conjugate
-# of exp(i w_m t), so only the distance n = s - t remains. The result is a sum of sinusoids. It is an inverse Fourier
-# transform whose frequencies are not evenly spaced:
+# Write q_m and k_m for pair m of the query and of the key, as complex numbers. Rotating the query at position s and the
+# key at position t multiplies q_m conj(k_m) by exp(i w_m s) conj(exp(i w_m t)) = exp(i w_m (s - t)). So only the
+# distance n = s - t remains. The logit is a sum of sinusoids, an inverse Fourier transform with uneven frequencies:
 #
 #     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                       (3)
 
 
-class RoPE(nn.Module):
-    """Rotates every pair of q and k by equation (2).
+def angles(omega: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The angles w t for omega (M,) and positions (..., T), up to whole cycles: (..., T, M) in float32 or float64.
 
-    omega (d/2,) replaces the frequencies of (1).
-
-    cos and sin come from tables. The tables are float32 (float64 for float64 inputs) whatever dtype the module is cast
-    to. They are made at first use and grow with the text. Compiled code never changes them. So load the weights, move
-    the model, and call reserve(T, device) before torch.compile. Without it, compiled code recomputes cos and sin in
-    every call and refuses tensor positions. Compiled code does not check tensor positions: keep them below T.
+    A float32 product w t is off by up to 5e-4 radians at position 8191, and float64 is slow or missing on accelerators.
+    So a cycle has 2^40 integer steps: phase = t * (steps per token) mod 2^40 is exact. Synthesizers make tones so.
     """
+    if dtype == torch.float64:
+        return positions[..., None].double() * omega.to(positions.device)
+    cycle = 2**40
+    steps = (omega * (cycle / (2 * math.pi))).round().long().to(positions.device)
+    phase = (positions[..., None].long() * steps) & (cycle - 1)
+    return phase.float() * (2 * math.pi / cycle)
+
+
+def token_positions(x: torch.Tensor, positions) -> torch.Tensor:
+    """The positions of the T tokens of x (B, heads, T, d), from an offset (None is 0) or a tensor (T,) or (B, T)."""
+    if not isinstance(positions, torch.Tensor):
+        return torch.arange(x.shape[-2], device=x.device) + (positions or 0)
+    if positions.shape[-1:] != x.shape[-2:-1]:
+        raise ValueError(f"positions has shape {tuple(positions.shape)}: it must be (T,) or (B, T)")
+    return positions
+
+
+class PositionEmbedding(nn.Module):
+    """Keeps the tensors named in `exact` in their dtype: .to(device) moves them, a cast or to_empty() does not act."""
+
+    exact = ()
+
+    def _apply(self, fn, recurse=True):
+        device = fn(torch.empty(0, device="cpu")).device
+        for name in self.exact:
+            tensor = getattr(self, name)
+            stays = tensor is None or device.type == "meta" or (device.type == "mps" and tensor.dtype == torch.float64)
+            setattr(self, name, tensor if stays else tensor.to(device))
+        return self
+
+
+class RoPE(PositionEmbedding):
+    """Rotates every pair of q and k by equation (2). omega (d/2,) replaces the frequencies of (1)."""
+
+    exact = ("omega",)
 
     def __init__(self, *, head_dim: int, theta: float = 10_000.0, omega: torch.Tensor | None = None):
         super().__init__()
         self.head_dim, self.n_kv_head = head_dim, None  # None: any number of heads
-        self.omega = rope_frequencies(head_dim, theta) if omega is None else omega.double().cpu()
+        self.omega = rope_frequencies(head_dim, theta) if omega is None else omega.double().cpu()  # not a buffer: exact
         if self.omega.shape != (head_dim // 2,):
             raise ValueError(f"omega has {len(self.omega)} values: head_dim {head_dim} needs {head_dim // 2}")
-        self.tables = {}  # (device, dtype): cos and sin. A plain dict, so that casts, DDP and state_dict ignore it
 
-    def cos_sin(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cos and sin of (2) at positions n (T,), float64, (1, T, M) each."""
-        angle = n.double()[None, :, None] * self.omega  # a float32 angle would be off by up to 5e-4 at position 8191
-        return angle.cos(), angle.sin()
+    def cos_sin(self, positions: torch.Tensor, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cos and sin of (2) at positions (T,) or (B, T), shape (1, T, M) or (B, 1, T, M) each."""
+        angle = angles(self.omega, positions, dtype).unsqueeze(-3)
+        # One tensor for both: otherwise, the compiler computes cos and sin again for every head and sequence.
+        return torch.stack([angle.cos(), angle.sin()]).unbind()
 
     def forward(self, q, k, positions=None):
         """Returns q (B, n_head, T, d) and k (B, n_kv_head, T, d), rotated. positions: see the top of this file."""
         d, heads = self.head_dim, self.n_kv_head or k.shape[1]
         if (q.shape[-1], k.shape[-1], k.shape[1]) != (d, d, heads):
             raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit head_dim {d} and n_kv_head {heads}")
-        cos, sin = self.lookup(q, positions)
-        q = q.unflatten(1, (k.shape[1], -1))  # (B, n_kv_head, group, T, d): query heads grouped by key head
+        cos, sin = self.cos_sin(token_positions(q, positions), torch.promote_types(q.dtype, torch.float32))
+        q = q.unflatten(1, (heads, -1))  # (B, n_kv_head, group, T, d): query heads grouped by key head
         return rotate(q, cos.unsqueeze(-3), sin.unsqueeze(-3)).flatten(1, 2), rotate(k, cos, sin)
-
-    # The rest of this class manages the tables. Skip it on a first reading.
-
-    @torch.inference_mode(False)  # tables made in inference mode must also work in training
-    @torch.no_grad()
-    def reserve(self, T: int, device="cpu", dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Makes the tables for positions 0 .. T-1 on the device, (1, T, M) or (n_kv_head, T, M) each."""
-        cos, sin = (x.to(device, dtype) for x in self.cos_sin(torch.arange(T, device="cpu")))
-        self.tables[cos.device, dtype] = cos, sin
-        return cos, sin
-
-    def lookup(self, x: torch.Tensor, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for x (B, heads, T, d): (h, T, M), or (B, h, T, M) for positions (B, T). h is 1 or n_kv_head."""
-        dtype, compiled = torch.promote_types(x.dtype, torch.float32), torch.compiler.is_compiling()
-        cos, sin = self.tables.get((x.device, dtype), (None, None))
-        length = 0 if cos is None else cos.shape[1]
-
-        if isinstance(positions, torch.Tensor):
-            if positions.shape[-1:] != x.shape[-2:-1]:
-                raise ValueError(f"positions has shape {tuple(positions.shape)}: it must be (T,) or (B, T)")
-            if compiled and not length:
-                raise ValueError("tensor positions in compiled code need tables: call reserve(T, device) before")
-            if not compiled:  # compiled code cannot branch on the values
-                low, high = (int(end) for end in positions.aminmax())
-                if low < 0:
-                    raise ValueError(f"position {low} is negative: use position 0 for padding")
-                if high >= length:
-                    cos, sin = self.reserve(max(high + 1, 2 * length), x.device, dtype)
-            cos, sin = cos[:, positions], sin[:, positions]  # (heads, T, M) or (heads, B, T, M)
-            return (cos, sin) if positions.dim() == 1 else (cos.transpose(0, 1), sin.transpose(0, 1))
-
-        start = positions or 0
-        end = start + x.shape[-2]
-        if start < 0:
-            raise ValueError(f"position {start} is negative")
-        if end > length:
-            if compiled:
-                return tuple(t.to(x.device, dtype) for t in self.cos_sin(torch.arange(start, end, device="cpu")))
-            cos, sin = self.reserve(max(end, 2 * length), x.device, dtype)
-        return cos[:, start:end], sin[:, start:end]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,31 +142,37 @@ class RoPE(nn.Module):
 #
 #      With N = 512 and d = 64, half of the pairs lie below the floor. Pair 8 (w = 0.1) completes 8 cycles in training.
 #      Pair 24 (w = 0.001) rotates by only half a radian. At 2N it reaches angles that the model has never seen.
-#   2. Spectral leakage and distortion: each layer's matrices mix the pairs (leakage), and its activation functions
-#      create sums and differences of their frequencies (distortion). So every pair of the next layer's q and k carries
-#      many frequencies, while RoPE treats it as if it held one.
+#   2. Spectral leakage and distortion: RoPE treats pair m of every layer as if it held the single frequency w_m, and
+#      from the second layer on it does not. Values are not rotated, but attention averages them with weights that
+#      depend on h(n). So what a layer passes on varies with position, at all the frequencies in h(n). The matrices of
+#      the next layer mix them (leakage), and its activation functions create their sums and differences (distortion).
 #
-# FoPE multiplies each pair of q and k by f(w_m, n) instead of exp(i w_m n). Clipping addresses the first problem. A
-# Fourier series addresses the second:
+# FoPE multiplies each pair of q and k by f(w_m, t) instead of exp(i w_m t). Clipping addresses the first problem. A
+# Fourier series addresses the second. Let M be the number of kept pairs, those with w_m at or above the floor:
 #
-#     f(w_m, n) = 1                                   if w_m < w_floor: the pair is clipped to frequency zero
-#     f(w_m, n) = cos w_m n + sum_w a_w cos w n                                                                (Eq. 13)
-#            + i (sin w_m n + sum_w b_w sin w n)      otherwise: the pair is kept, and gets a series
+#     f(w_m, t) = 1                                   if w_m < w_floor: the pair is clipped to frequency zero
+#     f(w_m, t) = cos w_m t + sum_w a_w cos w t                                                                (Eq. 13)
+#            + i (sin w_m t + sum_w b_w sin w t)      otherwise: the pair is kept, and gets a series
 #
-# A clipped pair contributes the same at every distance. A kept pair has gone through all its angles within N tokens. So
-# without the series, no single pair meets an unseen angle beyond N. (Clipping alone is known as p-RoPE, where p, the
-# share of kept pairs, is chosen by hand: Barbero et al., arXiv 2410.06205.)
+# The sums run over D >= M frequencies w: the M kept ones and, if D > M, others between the floor and pi. Each kept pair
+# of each key head has its own a_w and b_w, drawn once from a normal distribution and never trained.
 #
-# The sums run over D frequencies, among them all kept ones. Each kept pair of each key head has its own a_w and b_w.
-# They are random, drawn once, and never trained. So the model learns to work with mixtures of frequencies.
+# Why this helps: a clipped pair contributes the same at every distance. A kept pair has gone through all its angles
+# within N tokens. So without the series, no single pair meets an unseen angle beyond N. (Clipping alone is known as
+# p-RoPE, whose share p of kept pairs is chosen by hand: Barbero et al., arXiv 2410.06205.) With the series, every pair
+# carries all D frequencies from the first layer on. The weights are trained with this mixture present, so they cannot
+# rely on a pair that holds one frequency alone. The coefficients stay fixed, since the mixture itself is the point.
 
 
 class FoPE(RoPE):
-    """Multiplies q and k by the factor of Eq. 13. FoPE is RoPE with other tables, so a step costs what RoPE's costs.
+    """Multiplies q and k by the factor of Eq. 13: a rotation like RoPE's, with other cos and sin.
 
     The logit is not exactly a function of the distance s - t. The series adds products such as cos w s cos v t with
-    w != v, which depend on more. For small sigma they grow in proportion to it. The paper does not mention this.
+    w != v, which depend on s and t separately. For small sigma they grow in proportion to it. The paper does not
+    mention this.
     """
+
+    exact = ("omega", "coef")
 
     def __init__(
         self,
@@ -188,16 +187,14 @@ class FoPE(RoPE):
         sigma: float = 0.3,  # scale of the coefficients: see std below
         fourier_series: bool = True,  # False: kept pairs get no series
         clip_floor: bool = True,  # False: pairs below the floor are kept. If both are False, FoPE is RoPE
-        n_freqs: int = 0,  # D, the number of frequencies in the series. 0: the kept ones
+        n_freqs: int = 0,  # D, the number of frequencies in the series. 0: M, the kept ones
         coef_init: str = "xavier",  # or "normal"
         zero_phase: bool = True,  # False: clipped pairs get cos 1, sin 1, as in the release
     ):
         super().__init__(head_dim=head_dim, theta=theta, omega=omega)
         n_kv = n_kv_head or n_head
         if train_len < 1 or n_head % n_kv:
-            raise ValueError(
-                f"train_len {train_len} must be at least 1, and n_kv_head {n_kv} must divide n_head {n_head}"
-            )
+            raise ValueError(f"train_len {train_len} must be positive, n_kv_head {n_kv} must divide n_head {n_head}")
         if (self.omega.diff() > 0).any():
             raise ValueError("omega must be in descending order: the kept pairs are the first ones")
         floor = 2 * math.pi / train_len  # (4)
@@ -206,17 +203,13 @@ class FoPE(RoPE):
         if M == 0:
             raise ValueError(f"train_len {train_len} is too short: the floor 2 pi / {train_len} clips every frequency")
         if D < M or (n_freqs and not fourier_series):
-            raise ValueError(
-                f"n_freqs {n_freqs} must be 0, or at least the {M} kept frequencies and used with a series"
-            )
+            raise ValueError(f"n_freqs {n_freqs} must be 0, or at least the {M} kept ones and used with a series")
         if coef_init not in ("xavier", "normal") or not 0 <= sigma < math.inf:
-            raise ValueError(
-                f"coef_init must be xavier or normal, not {coef_init!r}; sigma must be 0 or more, not {sigma}"
-            )
+            raise ValueError(f"coef_init {coef_init!r} must be xavier or normal, and sigma {sigma} must be 0 or more")
 
         # If D > M, the series gets D - M additional frequencies, evenly spaced in log w between the floor and pi.
-        step = (torch.arange(D - M, dtype=torch.float64, device="cpu") + 0.5) / max(D - M, 1)
-        self.omega = torch.cat([kept, floor * (math.pi / floor) ** step])  # (D,)
+        share = (torch.arange(D - M, dtype=torch.float64, device="cpu") + 0.5) / max(D - M, 1)
+        self.omega = torch.cat([kept, floor * (math.pi / floor) ** share])  # (D,)
 
         # "normal" follows the paper's text: N(0, sigma). "xavier" follows the release: xavier_normal_(gain=sigma) on a
         # tensor (n_kv, D, M), whose fans are D M and n_kv M. With n_kv = 8 and D = M = 16, the result is sigma / 14.
@@ -231,74 +224,65 @@ class FoPE(RoPE):
         # and scales them by sqrt(2), so that they count twice in the logit.
         self.n_ones = 0 if zero_phase else head_dim // 2 - M
 
-    def cos_sin(self, n):
-        """Real and imaginary parts of Eq. 13 at positions n (T,): (n_kv_head, T, M), or (1, T, M) without a series."""
-        cos, sin = super().cos_sin(n)  # (1, T, D): one column per frequency
+    def cos_sin(self, positions, dtype=torch.float32):
+        """Real and imaginary parts of Eq. 13 at positions (T,) or (B, T): (n_kv_head, T, M) or (B, n_kv_head, T, M).
+
+        Without a series, n_kv_head is 1. With zero_phase=False, the clipped pairs follow the M kept ones.
+        """
+        cos, sin = super().cos_sin(positions, dtype)  # (1, T, D) or (B, 1, T, D): one column per frequency
         if self.coef is not None:
-            D, M = self.coef.shape[-2:]
-            own = torch.eye(D, M, dtype=torch.float64, device="cpu")  # cos w_m n is the term with coefficient 1
-            a, b = self.coef.double().cpu() + own  # (n_kv_head, D, M) each
-            cos, sin = cos[0] @ a, sin[0] @ b  # (T, D) @ (n_kv_head, D, M): the sums of Eq. 13
+            a, b = self.coef.to(cos.device, dtype)  # (n_kv_head, D, M) each
+            M = a.shape[-1]
+            with torch.autocast(cos.device.type, enabled=False):  # bfloat16 sums would be off by up to 1e-2
+                cos, sin = cos[..., :M] + cos @ a, sin[..., :M] + sin @ b
         if self.n_ones:
-            ones = cos.new_ones(*cos.shape[:-1], self.n_ones)
-            cos, sin = torch.cat([cos, ones], dim=-1), torch.cat([sin, ones], dim=-1)
+            cos, sin = F.pad(cos, (0, self.n_ones), value=1.0), F.pad(sin, (0, self.n_ones), value=1.0)
         return cos, sin
-
-    def _apply(self, fn, recurse=True):
-        """Keeps coef in float32: .to(device) moves it, casts and to_empty() leave it alone."""
-        device = fn(torch.empty(0, device="cpu")).device
-        if self.coef is not None and device.type != "meta":
-            self.coef = self.coef.to(device)
-        return self
-
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        self.tables.clear()  # they were computed from the old coefficients
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ALiBi (Press et al., arXiv 2108.12409) does not rotate. It lowers each logit in proportion to the distance:
 #
-#     logit(i, j) - slope_h (i - j),   slope_h = 2^(-8h/n_head),   h = 1 .. n_head, a power of two
+#     logit - slope_h (s - t),   slope_h = 2^(-8h/n_head),   h = 1 .. n_head, a power of two
 
 
-class ALiBi(nn.Module):
+class ALiBi(PositionEmbedding):
     """Appends eight channels to q and k whose product is the bias, so that attention needs no T x T mask.
 
-    softmax over j ignores the term slope * i, which is the same for all j. The rest, slope * j, is the product of a
-    channel of q that holds slope and a channel of k that holds j. bfloat16 represents every integer exactly only up to
-    256. So three channels hold j in base 128, two of them times 128. j is exact below 2^21. slope is split into a
+    softmax over t ignores the term slope * s, which is the same for all keys. The rest, slope * t, is the product of a
+    channel of q that holds slope and a channel of k that holds t. bfloat16 represents every integer exactly only up to
+    256. So three channels hold t in base 128, two of them times 128. t is exact below 2^21. slope is split into a
     rounded value and its remainder, which gives it 16 bits. Two channels of zeros follow, because fused kernels require
     a multiple of eight.
 
     Call attention with scale=head_dim ** -0.5, pad v by eight channels too, and drop them from the result.
     """
 
+    exact = ("slopes",)
+
     def __init__(self, *, n_head: int, head_dim: int):
         super().__init__()
         p = 2 ** int(math.log2(n_head))  # if n_head is not a power of two, the authors' code adds slopes of 2p heads
         slopes = [2 ** (-8 * h / p) for h in range(1, p + 1)] + [2 ** (-4 * h / p) for h in range(1, 2 * p, 2)]
-        self.slopes = [slope * head_dim**0.5 for slope in slopes[:n_head]]  # attention multiplies by head_dim ** -0.5
+        # attention multiplies by head_dim ** -0.5
+        self.slopes = torch.tensor(slopes[:n_head], dtype=torch.float32, device="cpu") * head_dim**0.5
 
     def forward(self, q, k, positions=None):
         """q (B, n_head, T, d) and k (B, n_kv_head, T, d) with d + 8 channels. positions as in RoPE.forward."""
         if q.shape[1] != len(self.slopes):
             raise ValueError(f"q has {q.shape[1]} heads: this module was made for n_head {len(self.slopes)}")
-        T, j = k.shape[-2], positions
-        if not isinstance(j, torch.Tensor):
-            j = torch.arange(T, device=k.device) + (positions or 0)
-        digits = (j // 16_384 * 128, j // 128 % 128 * 128, j % 128)  # j = 128 digits[0] + digits[1] + digits[2]
-        zero = torch.zeros_like(j)
-        on_k = torch.stack([*digits, *digits, zero, zero], dim=-1).to(k.dtype)  # (T, 8) or (B, T, 8)
-        on_k = on_k.view(-1, 1, T, 8).expand(*k.shape[:-1], 8)
+        t = token_positions(k, positions)
+        digits = (t // 16_384 * 128, t // 128 % 128 * 128, t % 128)  # t = 128 digits[0] + digits[1] + digits[2]
+        zero = torch.zeros_like(t)
+        on_k = torch.stack([*digits, *digits, zero, zero], dim=-1).to(k.dtype).unsqueeze(-3)  # (1, T, 8), (B, 1, T, 8)
 
-        slope = torch.tensor(self.slopes, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        slope = self.slopes.to(q.device)
         high = slope.to(q.dtype)
         low = (slope - high).to(q.dtype)
         zero = torch.zeros_like(high)
-        on_q = torch.stack([128 * high, high, high, 128 * low, low, low, zero, zero], dim=-1)  # (n_head, 8)
-        on_q = on_q[:, None].expand(*q.shape[:-1], 8)
-        return torch.cat([q, on_q], dim=-1), torch.cat([k, on_k], dim=-1)
+        on_q = torch.stack([128 * high, high, high, 128 * low, low, low, zero, zero], dim=-1)[:, None]  # (n_head, 1, 8)
+        both = ((q, on_q), (k, on_k))
+        return tuple(torch.cat([x, channels.expand(*x.shape[:-1], 8)], dim=-1) for x, channels in both)
 
 
 class NoPE(nn.Module):
@@ -309,14 +293,13 @@ class NoPE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# log n is no position embedding. softmax spreads over more keys as a text grows. A larger q keeps it focused beyond N:
+# Log-n scaling is not a position embedding. Longer text gives softmax more keys to spread over. A larger q keeps it
+# focused beyond N:
 #
-#     q * max(1, log n / log N)^p,   n = the number of keys that the query sees
+#     q * max(1, log(keys) / log N)^p,   keys = the number of keys that the query sees, its position + 1
 
 
 def log_n(q: torch.Tensor, positions, train_len: int, p: float) -> torch.Tensor:
-    """Returns q (B, n_head, T, d), scaled. positions: an offset, or a tensor (T,) or (B, T). n = position + 1."""
-    if not isinstance(positions, torch.Tensor):
-        positions = torch.arange(positions, positions + q.shape[-2], device=q.device)
-    n = (positions + 1).float()[..., None, :, None]  # (1, T, 1) or (B, 1, T, 1)
-    return (q * (n.log() / math.log(max(train_len, 2))).clamp(min=1) ** p).to(q.dtype)
+    """Returns q (B, n_head, T, d), scaled. positions as in RoPE.forward. Call it before the position embedding."""
+    keys = (token_positions(q, positions) + 1).float()[..., None, :, None]  # (1, T, 1) or (B, 1, T, 1)
+    return (q * (keys.log() / math.log(max(train_len, 2))).clamp(min=1) ** p).to(q.dtype)

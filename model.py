@@ -6,11 +6,9 @@
 Shapes: B sequences, T tokens, C = n_embd channels, H = n_head query heads, K = n_kv_head key heads, d = head_dim.
 """
 
-import ctypes
 import functools
 import math
-import os
-import sys
+import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,9 +17,12 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from baselines import FIRE, KERPLE, LearnedBias, scaled, whole_cycles
+from baselines import FIRE, KERPLE, scaled, whole_cycles
+from common import UserError, at_least, one_of
 from fope import ALiBi, FoPE, NoPE, RoPE, log_n, rope_frequencies
 
+POSITIONS = ("fope", "rope", "alibi", "kerple", "fire", "nope")
+SCALINGS = ("none", "linear", "yarn", "llama3")
 PRESETS = {  # the paper's names count one embedding matrix
     # The paper's init_std 0.02 is 0.45 / sqrt(n_embd) at 60M. At width 128 it is too small: retrieval starts late.
     "tiny": dict(n_layer=3, n_head=4, n_embd=128, n_hidden=512, init_std=0.06),
@@ -39,6 +40,7 @@ class GPTConfig:
     n_layer: int = 3  # blocks
     n_head: int = 4  # query heads
     n_kv_head: int = 0  # key-value heads; 0: as many as query heads
+    head_dim: int = 0  # d, size of a head; 0: n_embd / n_head
     n_embd: int = 128  # width
     n_hidden: int = 512  # width inside the MLP
     vocab_size: int = 50_304  # tokens, padded to a multiple of 64
@@ -65,23 +67,44 @@ class GPTConfig:
     logn: float = 0.0  # p: a query that sees n > N keys is multiplied by (log n / log N)^p; 0: off
 
     @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+    def d(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
+
+    def __post_init__(self):
+        """Raises UserError for a model that cannot be built."""
+        at_least(self, 1, "n_layer n_head n_embd n_hidden train_len theta scale original_len")
+        at_least(self, 0, "seed sigma logn n_kv_head head_dim n_freqs vocab_size norm_eps init_std logit_scale")
+        one_of(self, pos=POSITIONS, scaling=SCALINGS, coef_init=("xavier", "normal"))
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise UserError(f"--n_head {self.n_head} must divide --n_embd {self.n_embd}, unless --head_dim is given")
+        if self.n_head % self.kv_heads:
+            raise UserError(f"--n_kv_head {self.n_kv_head} must divide --n_head {self.n_head}")
+        if self.pos in ("fope", "rope") and self.d % 2:
+            raise UserError(f"--head_dim {self.d} must be even: {self.pos} rotates pairs of dimensions")
+        if self.scaling == "yarn" and (self.theta <= 1 or self.whole_cycles):
+            raise UserError("--scaling=yarn needs --theta above 1, and no --whole_cycles")
+        if self.pos == "fope":
+            floor = 2 * math.pi / self.train_len if self.clip_floor else 0
+            kept = int((frequencies(self) >= floor).sum())
+            if not kept:
+                raise UserError(f"--train_len {self.train_len} is too short: FoPE would clip every frequency")
+            if self.n_freqs and (self.n_freqs < kept or not self.fourier_series):
+                raise UserError(f"--n_freqs {self.n_freqs} must be 0, or at least the {kept} kept ones, with a series")
 
 
 FOPE_OPTIONS = ("train_len", "sigma", "coef_init", "n_freqs", "fourier_series", "clip_floor", "zero_phase")
 
 
 def frequencies(cfg: GPTConfig) -> torch.Tensor:
-    """The (d/2,) frequencies of RoPE or FoPE, before FoPE clips any. Raises ValueError."""
-    omega = rope_frequencies(cfg.head_dim, cfg.theta)
+    """The (d/2,) frequencies of RoPE or FoPE, before FoPE clips any."""
+    omega = rope_frequencies(cfg.d, cfg.theta)
     if cfg.whole_cycles:
         omega = whole_cycles(omega, cfg.train_len)
-    return scaled(omega, cfg.scaling, cfg.scale, cfg.original_len, head_dim=cfg.head_dim, theta=cfg.theta)
+    return scaled(omega, cfg.scaling, cfg.scale, cfg.original_len, head_dim=cfg.d, theta=cfg.theta)
 
 
 def position_seed(cfg: GPTConfig, layer: int) -> int:
@@ -90,65 +113,66 @@ def position_seed(cfg: GPTConfig, layer: int) -> int:
 
 
 def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
-    """The position embedding of one layer. A new one takes two lines here. Raises ValueError."""
-    d, seed = cfg.head_dim, position_seed(cfg, layer)
+    """The position embedding of one layer. To add your own, name it in POSITIONS and build it here.
+
+    Attention calls `q, k = position(q, k, positions)` before the cache; it may append channels to q and k. Two methods
+    are optional: `position.bias(i, j)`, added to the logits of queries i and keys j, and `position.constrain()`, which
+    the optimizer's step is followed by. baselines.py has examples of both.
+    """
+    seed = position_seed(cfg, layer)
     if cfg.pos == "nope":
         return NoPE()
     if cfg.pos == "alibi":
-        return ALiBi(n_head=cfg.n_head, head_dim=d)
+        return ALiBi(n_head=cfg.n_head, head_dim=cfg.d)
     if cfg.pos == "kerple":
         return KERPLE(n_head=cfg.n_head, seed=seed)
     if cfg.pos == "fire":
         return FIRE(n_head=cfg.n_head, seed=seed)
-    omega = frequencies(cfg)
     if cfg.pos == "rope":
-        return RoPE(head_dim=d, omega=omega)
-    if cfg.pos == "fope":
-        options = {name: getattr(cfg, name) for name in FOPE_OPTIONS}
-        return FoPE(n_head=cfg.n_head, n_kv_head=cfg.kv_heads, head_dim=d, omega=omega, seed=seed, **options)
-    raise ValueError(f"pos {cfg.pos!r} is unknown: use fope, rope, alibi, kerple, fire or nope")
+        return RoPE(head_dim=cfg.d, omega=frequencies(cfg))
+    options = {name: getattr(cfg, name) for name in FOPE_OPTIONS}
+    heads = dict(n_head=cfg.n_head, n_kv_head=cfg.kv_heads, head_dim=cfg.d)
+    return FoPE(**heads, omega=frequencies(cfg), seed=seed, **options)
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: GPTConfig, layer: int):
         super().__init__()
-        self.cfg, self.head_dim = cfg, cfg.head_dim
-        self.n_head, self.n_kv_head = cfg.n_head, cfg.kv_heads
-        self.qkv = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * cfg.head_dim, bias=False)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.cfg = cfg
+        self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.d, bias=False)
+        self.out = nn.Linear(cfg.n_head * cfg.d, cfg.n_embd, bias=False)
         self.position = position_embedding(cfg, layer)
 
-    def forward(self, x, positions=0, pads=None, cache=None):
-        B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 K, T, d)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        if self.cfg.qk_norm:
+    def forward(self, x, positions=0, logn=0.0, pads=None, cache=None):
+        (B, T, _), cfg, d = x.shape, self.cfg, self.cfg.d
+        heads = self.qkv(x).view(B, T, -1, d).transpose(1, 2)  # (B, H + 2 K, T, d)
+        q, k, v = heads.split([cfg.n_head, cfg.kv_heads, cfg.kv_heads], dim=1)
+        if cfg.qk_norm:
             # On a GPU, autocast makes layer_norm return float32.
-            q, k = (F.layer_norm(x, [self.head_dim]).to(v.dtype) for x in (q, k))
-        if self.cfg.logit_scale != 1:
-            q = q * self.cfg.logit_scale
-        if self.cfg.logn:  # a bias (ALiBi, KERPLE, FIRE) is added later and stays as it is
-            q = log_n(q, positions, self.cfg.train_len, self.cfg.logn)
-        q, k = self.position(q, k, positions)  # ALiBi appends channels
+            q, k = (F.layer_norm(x, [d]).to(v.dtype) for x in (q, k))
+        if cfg.logit_scale != 1:
+            q = q * cfg.logit_scale
+        if logn:  # a bias (ALiBi, KERPLE, FIRE) is added later and stays as it is
+            q = log_n(q, positions, cfg.train_len, logn)
+        q, k = self.position(q, k, positions)
         if cache:  # [] is a cache that is still empty
             k, v = torch.cat([cache[0], k], dim=-2), torch.cat([cache[1], v], dim=-2)  # (B, K, past + T, d)
         if cache is not None:
             cache[:] = k, v
-        if q.shape[-1] > v.shape[-1]:  # fused kernels want q, k and v of one size
-            v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        v = F.pad(v, (0, q.shape[-1] - d))  # ALiBi appends channels; fused kernels want q, k and v of one size
 
-        past = k.shape[-2] - T
-        options = dict(scale=self.head_dim**-0.5, enable_gqa=self.n_head != self.n_kv_head)
-        if pads is not None or (past and T > 1) or isinstance(self.position, LearnedBias):
-            y = self.masked(q, k, v, past, pads, options)
+        past, bias = k.shape[-2] - T, getattr(self.position, "bias", None)
+        options = dict(scale=d**-0.5, enable_gqa=cfg.n_head != cfg.kv_heads)
+        if bias or pads is not None or (past and T > 1):
+            y = self.masked(q, k, v, past, pads, bias, options)
         else:  # a single query sees all keys of a cache; is_causal would let it see the first key only
             y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, **options)
-        return self.out(y[..., : self.head_dim].transpose(1, 2).reshape(B, T, C))
+        return self.out(y[..., :d].transpose(1, 2).reshape(B, T, -1))
 
-    def masked(self, q, k, v, past, pads, options):
-        """Attention where the fused causal call does not fit: left padding, later chunks of a cache, learned biases.
+    def masked(self, q, k, v, past, pads, bias, options):
+        """Attention where the fused causal call does not fit: left padding, later chunks of a cache, biases.
 
-        It takes 256 queries at a time. So evaluation never holds a mask for all of them.
+        It takes 256 queries at a time, so that evaluation never holds a mask for all of them.
         """
         pieces, first = [], 0 if pads is None else pads.view(-1, 1, 1)
         for start in range(past, k.shape[-2], 256):
@@ -158,8 +182,8 @@ class Attention(nn.Module):
             j = torch.arange(end, device=q.device)  # (Tk,)
             visible = (j <= i) & ((j >= first) | (j == i))  # pads see themselves: a row without any key would be NaN
             mask = visible.unsqueeze(-3)  # (1, Tq, Tk) or (B, 1, Tq, Tk)
-            if isinstance(self.position, LearnedBias):
-                mask = self.position.bias(i - first, j - first).masked_fill(~mask, -math.inf).to(q.dtype)
+            if bias:
+                mask = bias(i - first, j - first).masked_fill(~mask, -math.inf).to(q.dtype)
             pieces.append(F.scaled_dot_product_attention(piece, k[..., :end, :], v[..., :end, :], mask, **options))
         return torch.cat(pieces, dim=-2)
 
@@ -183,14 +207,14 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, positions=0, pads=None, cache=None):
-        x = x + self.attention(self.norm1(x), positions, pads, cache)
+    def forward(self, x, positions=0, logn=0.0, pads=None, cache=None):
+        x = x + self.attention(self.norm1(x), positions, logn, pads, cache)
         return x + self.mlp(self.norm2(x))
 
 
 @torch.no_grad()
 def draw_weights(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
-    """Draws from a normal distribution, and what is beyond three standard deviations again.
+    """Draws from a normal distribution, and redraws values beyond three standard deviations.
 
     These are the numbers of nn.init.trunc_normal_ in torch 2.13. Older versions draw others from the same seed.
     """
@@ -203,16 +227,12 @@ class GPT(nn.Module):
     """GPT(cfg)(tokens) returns logits (B, T, vocab_size). GPT(cfg)(tokens, targets) returns the mean loss in nats.
 
     Every matrix starts from a normal distribution with standard deviation init_std, cut at three of them and drawn with
-    cfg.seed. RMSNorm weights start at 1. Raises ValueError for a configuration that cannot be built.
+    cfg.seed. RMSNorm weights start at 1. `logn` is the exponent of log-n scaling, which may be changed at test time.
     """
 
     def __init__(self, cfg: GPTConfig):
         super().__init__()
-        if min(cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.n_hidden, cfg.vocab_size, cfg.train_len) < 1:
-            raise ValueError("n_layer, n_head, n_embd, n_hidden, vocab_size and train_len must be at least 1")
-        if cfg.n_embd % cfg.n_head or cfg.n_head % cfg.kv_heads:
-            raise ValueError(f"n_head {cfg.n_head} must divide n_embd {cfg.n_embd}, n_kv_head {cfg.kv_heads} n_head")
-        self.cfg, self.recompute = cfg, False
+        self.cfg, self.logn, self.recompute = cfg, cfg.logn, False
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
@@ -235,18 +255,15 @@ class GPT(nn.Module):
         cache: new_cache(), filled in place. Each call appends its T tokens, any number of them.
         pads: (B,) int64, how many tokens at the start of each row are left padding. Attention does not see them.
         """
-        if cache is not None and len(cache) != len(self.blocks):
-            raise ValueError(f"the cache was made for {len(cache)} layers, and this model has {len(self.blocks)}")
         T, past = tokens.shape[1], cache[0][0].shape[-2] if cache and cache[0] else 0
         positions = past
         if pads is not None:
             positions = (torch.arange(past, past + T, device=tokens.device) - pads[:, None]).clamp(min=0)  # (B, T)
         x = self.embedding(tokens)  # (B, T, C)
-        for block, own in zip(self.blocks, cache or [None] * len(self.blocks)):
-            if self.recompute and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, positions, use_reentrant=False)
-            else:
-                x = block(x, positions, pads, own)
+        for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            if self.recompute and torch.is_grad_enabled() and cache is None:
+                block = functools.partial(torch.utils.checkpoint.checkpoint, block, use_reentrant=False)
+            x = block(x, positions, self.logn, pads, layer_cache)
         x = self.norm(x)
         if targets is None:
             return self.head(x[:, -last:])  # (B, last, vocab_size); -0: takes all T
@@ -259,11 +276,10 @@ class GPT(nn.Module):
             loss += F.cross_entropy(self.head(piece).float(), target) * (len(target) / len(targets))
         return loss
 
-    def reserve(self, T: int) -> None:
-        """Makes the tables of RoPE or FoPE for T tokens. Call it before torch.compile."""
+    def constrain(self) -> None:
+        """Call it after each step of the optimizer: brings the parameters of position embeddings into their bounds."""
         for block in self.blocks:
-            if isinstance(block.attention.position, RoPE):
-                block.attention.position.reserve(T, self.head.weight.device)
+            getattr(block.attention.position, "constrain", lambda: None)()
 
     def new_cache(self) -> list:
         """An empty key-value cache: a list per block, which becomes [keys, values], (B, K, tokens so far, d) each."""
@@ -303,62 +319,25 @@ class GPT(nn.Module):
 def load_checkpoint(path: str | Path) -> dict:
     """What train.py saved in a file, or in a folder as ckpt.pt: step, config, tokenizer, model, optimizer.
 
-    Raises ValueError for a file that is missing, damaged or something else.
+    The tensors are mapped from the file, so they take no memory until they are used. Raises UserError.
     """
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train.py writes one")
+        raise UserError(f"there is no checkpoint {path}: train.py writes one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the zip reader and the unpickler each raise their own
-        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__}): train it again") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): train it again") from error
     if not isinstance(checkpoint, dict) or not {"step", "config", "tokenizer", "model"} <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py")
+        raise UserError(f"{path} is not a checkpoint of train.py")
     return checkpoint
 
 
 def load_model(path: str | Path) -> tuple[GPT, dict]:
-    """The model of a checkpoint, ready to evaluate on the CPU, and the checkpoint. Raises ValueError."""
+    """The model of a checkpoint, ready to evaluate on the CPU, and the checkpoint. Raises UserError."""
     checkpoint = load_checkpoint(path)
     names = {f.name for f in fields(GPTConfig)}
-    try:
-        model = GPT(GPTConfig(**{name: value for name, value in checkpoint["config"].items() if name in names}))
-        model.load_state_dict(checkpoint["model"])
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the weights in {path} do not fit its own configuration: train it again") from error
+    model = GPT(GPTConfig(**{name: value for name, value in checkpoint["config"].items() if name in names}))
+    model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
-
-
-def find_device(device: str = "auto", dtype: str = "auto"):
-    """The device, the name of the dtype, and the autocast context for it. Raises ValueError.
-
-    auto: cuda, else mps, else cpu; bfloat16 where the hardware computes in it, else float32 (always on mps).
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":  # torchrun numbers the processes of a machine, and each takes one card
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        found = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} does not work: {str(error).splitlines()[0][:100]}") from error
-    if found.type == "cpu" and sys.platform == "linux":
-        # glibc returns the memory of a large tensor to the kernel, which clears the next one page by page. That is a
-        # third of a 60M step. Keep the memory: no memory maps (M_MMAP_MAX 0), no trimming (M_TRIM_THRESHOLD -1).
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no such call
-        if mallopt:
-            mallopt(-4, 0)
-            mallopt(-1, -1)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
-        has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
-    else:
-        flags = torch.cpu.get_capabilities() if found.type == "cpu" else {}
-        has_bfloat16 = flags.get("avx512_bf16") or flags.get("amx_bf16")
-    if dtype == "auto":
-        dtype = "bfloat16" if has_bfloat16 else "float32"
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype {dtype!r} is unknown: use auto, bfloat16 or float32")
-    autocast = functools.partial(torch.autocast, found.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-    return found, dtype, autocast

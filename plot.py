@@ -46,7 +46,16 @@ def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
     """{"loss": [(step, nats), ..], "val_loss": [..]} from a log.jsonl. Raises ValueError."""
     try:
         lines = path.read_text().splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # train.py may be writing the last one
+        records = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:  # half a line: a killed run left it, or train.py is writing it
+                continue
+            if "resumed" in record:  # the lines beyond that step are written again
+                records = [r for r in records if r["step"] <= record["resumed"]]
+            else:
+                records.append(record)
         curves = {kind: [(r["step"], r[kind]) for r in records if kind in r] for kind in ("loss", "val_loss")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a log of train.py: name a log.jsonl or a run folder") from error

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from data.files import fail, say
+from common import say
+from data.files import fail
 from data.tokenizer import END, GPT2_PATTERN, JsonTokenizer, get_tokenizer
 from model import FOPE_OPTIONS, GPT, GPTConfig, frequencies, load_model, position_seed
 
@@ -54,7 +55,7 @@ def in_llama_names(cfg: GPTConfig, ours: dict[str, torch.Tensor]) -> dict[str, t
     for name, theirs in llama_names(cfg).items():
         rows = [len(ours[name]) // len(theirs)] * len(theirs)
         if len(theirs) == 3:  # q, k, v
-            rows = [heads * cfg.head_dim for heads in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
+            rows = [heads * cfg.d for heads in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
         weights |= zip(theirs, ours[name].split(rows))
     return weights
 
@@ -166,11 +167,11 @@ def rope_parameters(model: GPT) -> dict | None:
     if has_series or cfg.logn or cfg.whole_cycles or (cfg.logit_scale != 1 and cfg.scaling != "yarn"):
         return None
     M, base = len(position.omega), {"rope_type": "default", "rope_theta": cfg.theta}
-    if cfg.pos == "fope" and M < cfg.head_dim // 2:
+    if cfg.pos == "fope" and M < cfg.d // 2:
         if position.n_ones or cfg.scaling != "none":
             return None
         # transformers rotates the first int(factor * head_dim // 2) pairs. The 0.5 keeps this at M despite rounding
-        return base | {"rope_type": "proportional", "partial_rotary_factor": (2 * M + 0.5) / cfg.head_dim}
+        return base | {"rope_type": "proportional", "partial_rotary_factor": (2 * M + 0.5) / cfg.d}
     if cfg.scaling == "none":
         return base
     scaling = base | {"rope_type": cfg.scaling, "factor": cfg.scale}

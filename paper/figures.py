@@ -284,7 +284,7 @@ def main() -> None:
     for name, preset in PRESETS.items():
         cfg, cells = GPTConfig(**preset), []
         for coef_init in ("xavier", "normal"):
-            shape = dict(n_head=cfg.n_head, head_dim=cfg.head_dim, sigma=cfg.sigma, coef_init=coef_init, train_len=512)
+            shape = dict(n_head=cfg.n_head, head_dim=cfg.d, sigma=cfg.sigma, coef_init=coef_init, train_len=512)
             found = [departure(FoPE(**shape, seed=seed), 512) for seed in range(5)]
             cells.append(f"{np.mean(found):.3f} ({min(found):.3f}-{max(found):.3f})")
         print(f"| {name} | {cfg.sigma} | {' | '.join(cells)} |", flush=True)

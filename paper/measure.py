@@ -21,12 +21,12 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from baselines import LearnedBias
-from data.files import fail, say
-from data.prepare import load
+from common import UserError, find_device, say
+from data.files import fail
+from data.read import load
 from data.tokenizer import get_tokenizer
 from eval_passkey import passkey_trials
-from model import GPT, find_device, load_model
+from model import GPT, load_model
 
 RESULTS = ROOT / "paper/results"
 
@@ -61,11 +61,11 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
         block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
         for block in model.blocks
     ]
-    own, rows = cfg.logn, []
+    own, rows = model.logn, []
     for length in (N * m for m in (1, 2, 4, 8, 16)):
         documents, _, _ = passkey_trials(tokenizer, length, trials, 0)
         for p in (0.0, 2.0) if length > N else (0.0,):
-            cfg.logn, found = p, []
+            model.logn, found = p, []
             for document in documents:
                 seen.clear()
                 model(torch.from_numpy(document[None, :-1].astype(np.int64)).to(model.head.weight.device), last=1)
@@ -74,10 +74,10 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
                 first = text.index(key)
                 places = [first, text.index(key, first + 5)]  # the information line names the key twice
                 digits = torch.tensor([place + i for place in places for i in range(5)])
-                found.append([head_numbers(*layer, digits, cfg.head_dim) for layer in seen])
+                found.append([head_numbers(*layer, digits, cfg.d) for layer in seen])
             numbers = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
             rows.append({"length": length, "p": p} | dict(zip(("share", "lead", "spread", "gap"), numbers)))
-    cfg.logn = own
+    model.logn = own
     for hook in hooks:
         hook.remove()
     return rows
@@ -88,7 +88,7 @@ def head_numbers(position, q: torch.Tensor, k: torch.Tensor, digits: torch.Tenso
     T = k.shape[-2]
     i, j = torch.arange(T - 5, T, device=q.device)[:, None], torch.arange(T, device=q.device)  # five queries, all keys
     logits = (q[0, :, -5:] @ k[0].mT) / head_dim**0.5  # (n_head, 5, T)
-    if isinstance(position, LearnedBias):
+    if hasattr(position, "bias"):
         logits = logits + position.bias(i, j)
     share = logits.masked_fill(j > i, -torch.inf).softmax(-1)[..., digits].sum(-1)
     other = torch.ones(T, dtype=torch.bool, device=q.device)
@@ -146,12 +146,12 @@ def main(argv: list[str]) -> None:
     results = json.loads(file.read_text()) if file.exists() else {}  # a run that is measured again replaces its own
     try:
         device, _, _ = find_device(args.device)
-    except ValueError as error:
+    except UserError as error:
         fail(str(error))
     for run in args.runs:
         try:
             model, checkpoint = load_model(run)
-        except ValueError as error:
+        except UserError as error:
             fail(str(error))
         model.to(device)
         cfg = model.cfg

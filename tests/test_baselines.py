@@ -104,6 +104,7 @@ def test_kerple_parameters_stop_at_their_bound_and_leave_it_again():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(-3.0)
+    module.constrain()
     i, j = torch.arange(9)[:, None], torch.arange(9)
     module.bias(i, j).sum().backward()
     assert [p.flatten().tolist() for p in module.parameters()] == [pytest.approx([0.01, 0.01])] * 2

@@ -10,9 +10,8 @@ To use it in your own model, copy the file and apply one module per layer to the
 
 With left padding, positions is (mask.cumsum(-1) - 1).clamp(min=0), where mask (B, T) is 1 for real tokens.
 
-Notation: d is head_dim, N the training length in tokens, s and t the positions of a query and a key, and n = s - t
-their distance. Equations (1) to (4) use this file's own numbers. "Eq. 13" is an equation of the FoPE paper (Hua et al.,
-ICML 2025, arXiv 2412.17739). "The release" is the code published by the paper's authors.
+Notation: d is head_dim, N the training length in tokens, s and t the positions of a query and a key, n = s - t their
+distance. "Eq. 13" is that of the FoPE paper (Hua et al., ICML 2025, arXiv 2412.17739). "The release" is its code.
 """
 
 import math
@@ -57,18 +56,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
 
 
-# Write q_m and k_m for pair m of the query and of the key, as complex numbers. Rotating the query at position s and the
-# key at position t multiplies q_m conj(k_m) by exp(i w_m s) conj(exp(i w_m t)) = exp(i w_m (s - t)). So only the
-# distance n = s - t remains. The logit is a sum of sinusoids, an inverse Fourier transform with uneven frequencies:
-#
-#     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                       (3)
-
-
 def angles(omega: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The angles w t for omega (M,) and positions (..., T), up to whole cycles: (..., T, M) in float32 or float64.
 
-    A float32 product w t is off by up to 5e-4 radians at position 8191, and float64 is slow or missing on accelerators.
-    So a cycle has 2^40 integer steps: phase = t * (steps per token) mod 2^40 is exact. Synthesizers make tones so.
+    A float32 product w t is off by up to 5e-4 radians at position 8191, and accelerators lack fast float64. So 2^40
+    steps make a cycle, as in a synthesizer: an integer product modulo 2^40 is exact at any position.
     """
     if dtype == torch.float64:
         return positions[..., None].double() * omega.to(positions.device)
@@ -88,17 +80,23 @@ def token_positions(x: torch.Tensor, positions) -> torch.Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """Keeps the tensors named in `exact` in their dtype: .to(device) moves them, a cast or to_empty() does not act."""
+    """What RoPE, FoPE and ALiBi share: .to(device) moves the tensors named in `exact`, and no cast rounds them."""
 
     exact = ()
 
     def _apply(self, fn, recurse=True):
         device = fn(torch.empty(0, device="cpu")).device
-        for name in self.exact:
-            tensor = getattr(self, name)
-            stays = tensor is None or device.type == "meta" or (device.type == "mps" and tensor.dtype == torch.float64)
-            setattr(self, name, tensor if stays else tensor.to(device))
+        for name, x in ((name, getattr(self, name)) for name in self.exact):
+            if x is not None and device.type != "meta" and (device.type, x.dtype) != ("mps", torch.float64):
+                setattr(self, name, x.to(device))  # mps has no float64
         return self
+
+
+# Write q_m and k_m for pair m of the query and of the key, as complex numbers. Rotating the query at position s and the
+# key at position t multiplies q_m conj(k_m) by exp(i w_m s) conj(exp(i w_m t)) = exp(i w_m (s - t)). So only the
+# distance n = s - t remains. The logit is a sum of sinusoids, an inverse Fourier transform with uneven frequencies:
+#
+#     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                       (3)
 
 
 class RoPE(PositionEmbedding):
@@ -141,7 +139,7 @@ class RoPE(PositionEmbedding):
 #         w_floor = 2 pi / N                                                                                        (4)
 #
 #      With N = 512 and d = 64, half of the pairs lie below the floor. Pair 8 (w = 0.1) completes 8 cycles in training.
-#      Pair 24 (w = 0.001) rotates by only half a radian. At 2N it reaches angles that the model has never seen.
+#      Pair 24 (w = 0.001) rotates by only half a radian. Beyond N it reaches angles that the model has never seen.
 #   2. Spectral leakage and distortion: RoPE treats pair m of every layer as if it held the single frequency w_m, and
 #      from the second layer on it does not. Values are not rotated, but attention averages them with weights that
 #      depend on h(n). So what a layer passes on varies with position, at all the frequencies in h(n). The matrices of
@@ -159,17 +157,15 @@ class RoPE(PositionEmbedding):
 #
 # Why this helps: a clipped pair contributes the same at every distance. A kept pair has gone through all its angles
 # within N tokens. So without the series, no single pair meets an unseen angle beyond N. (Clipping alone is known as
-# p-RoPE, whose share p of kept pairs is chosen by hand: Barbero et al., arXiv 2410.06205.) With the series, every pair
-# carries all D frequencies from the first layer on. The weights are trained with this mixture present, so they cannot
-# rely on a pair that holds one frequency alone. The coefficients stay fixed, since the mixture itself is the point.
+# p-RoPE, whose share p of kept pairs is chosen by hand: Barbero et al., arXiv 2410.06205.) With the series, every kept
+# pair carries all D frequencies from the first layer on, so training never shows a pair that holds one frequency alone.
 
 
 class FoPE(RoPE):
     """Multiplies q and k by the factor of Eq. 13: a rotation like RoPE's, with other cos and sin.
 
-    The logit is not exactly a function of the distance s - t. The series adds products such as cos w s cos v t with
-    w != v, which depend on s and t separately. For small sigma they grow in proportion to it. The paper does not
-    mention this.
+    The logit is not exactly a function of the distance s - t: the series adds products such as cos w s cos v t with
+    w != v, which grow in proportion to a small sigma. The paper does not mention this.
     """
 
     exact = ("omega", "coef")
@@ -214,14 +210,13 @@ class FoPE(RoPE):
         # "normal" follows the paper's text: N(0, sigma). "xavier" follows the release: xavier_normal_(gain=sigma) on a
         # tensor (n_kv, D, M), whose fans are D M and n_kv M. With n_kv = 8 and D = M = 16, the result is sigma / 14.
         std = sigma if coef_init == "normal" else sigma * math.sqrt(2 / (D * M + n_kv * M))
-        # A separate generator leaves the initial values of all other weights as they are with RoPE.
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)  # of its own: all other weights start as they do with RoPE
         coef = torch.randn(2, n_kv, D, M, generator=generator, dtype=torch.float32, device="cpu") * std
         self.register_buffer("coef", coef if fourier_series else None)  # a_w = coef[0], b_w = coef[1]
         self.n_kv_head = n_kv if fourier_series else None  # None: any number of heads
 
-        # Eq. 13 leaves clipped pairs alone: cos 1, sin 0. The release has cos 1, sin 1. This rotates them by 45 degrees
-        # and scales them by sqrt(2), so that they count twice in the logit.
+        # Eq. 13 leaves clipped pairs alone: cos 1, sin 0. The release has cos 1, sin 1, a rotation by 45 degrees and a
+        # factor of sqrt(2): clipped pairs, which compare content regardless of distance, count twice in the logit.
         self.n_ones = 0 if zero_phase else head_dim // 2 - M
 
     def cos_sin(self, positions, dtype=torch.float32):
@@ -264,8 +259,8 @@ class ALiBi(PositionEmbedding):
         super().__init__()
         p = 2 ** int(math.log2(n_head))  # if n_head is not a power of two, the authors' code adds slopes of 2p heads
         slopes = [2 ** (-8 * h / p) for h in range(1, p + 1)] + [2 ** (-4 * h / p) for h in range(1, 2 * p, 2)]
-        # attention multiplies by head_dim ** -0.5
-        self.slopes = torch.tensor(slopes[:n_head], dtype=torch.float32, device="cpu") * head_dim**0.5
+        slopes = torch.tensor(slopes[:n_head], dtype=torch.float32, device="cpu")
+        self.slopes = slopes * head_dim**0.5  # attention multiplies by head_dim ** -0.5
 
     def forward(self, q, k, positions=None):
         """q (B, n_head, T, d) and k (B, n_kv_head, T, d) with d + 8 channels. positions as in RoPE.forward."""

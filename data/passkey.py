@@ -3,8 +3,6 @@
 Source: Mohtashami & Jaggi, arXiv 2305.16300. The strings are the benchmark's own.
 """
 
-import os
-
 import numpy as np
 
 from common import UserError
@@ -45,7 +43,7 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
     info = encode_inside(tokenizer, "\n" + INFORMATION.format(k=key) + "\n")
     question = encode_inside(tokenizer, "\n" + QUESTION)
     tail = encode_inside(tokenizer, "\n" + QUESTION + ANSWER.format(k=key))
-    n_answer = len(tail) - len(os.path.commonprefix([question, tail]))
+    shared = next((i for i, (ours, theirs) in enumerate(zip(question, tail)) if ours != theirs), len(question))
     room = length - len(head + info + tail)
     if room < 0:
         raise UserError(f"length {length} is too short for a passkey: its fixed strings take {length - room} tokens")
@@ -54,7 +52,7 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
         text += " " + text
         filler = encode_inside(tokenizer, text)
     before = round(depth * room)
-    return head + filler[:before] + info + filler[: room - before] + tail, n_answer
+    return head + filler[:before] + info + filler[: room - before] + tail, len(tail) - shared
 
 
 def byte_tokens(text: str) -> np.ndarray:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python d
 
 from common import Parser, UserError, command, lock, replace_file, say
 from data.passkey import FILLER, byte_tokens, drill, passkey_document
-from data.read import FORMATS, VAL_SHARE, documents, file_hash, format_of, held_out, list_sources
+from data.read import FORMATS, VAL_SHARE, documents, file_hash, find_files, format_of, held_out
 from data.tokenizer import get_tokenizer
 
 HUB = {  # name: repository, field of the text, training tokens of the paper
@@ -105,14 +105,12 @@ def hub_sources(corpus: str) -> tuple[str, list]:
 
 
 def own_sources(args) -> list[tuple[str, str | None]]:
-    """The (path, split) of one's own files: first those for validation, which are never for training too."""
-    val = list_sources(args.val or [], "val")
-    paths = {os.path.realpath(path) for path, _ in val}
-    train = list_sources(args.source, "train" if val else None)
-    train = [source for source in train if os.path.realpath(source[0]) not in paths]
-    if len(train) == 1 and format_of(train[0][0]) == "txt":  # one document: its end will be held out
-        train = [(train[0][0], "train")]
-    return val + train
+    """The (path, split) of one's own files. Without a split, each document goes where its hash says."""
+    val = find_files(args.val or [])
+    excluded = {os.path.realpath(path) for path in val}  # a folder for training may contain them
+    train = [path for path in find_files(args.source) if os.path.realpath(path) not in excluded]
+    one_text = len(train) == 1 and format_of(train[0]) == "txt"  # its end will be held out
+    return [(path, "val") for path in val] + [(path, "train" if val or one_text else None) for path in train]
 
 
 def token_type(tokenizer) -> np.dtype:
@@ -231,7 +229,7 @@ def tokenize(out: Path, corpus: str, args) -> dict:
 
 @contextlib.contextmanager
 def workspace(out: Path, arguments: list):
-    """The folder OUT.partial, locked, in which `out` is made: yields it, what an earlier run saved, and how to save.
+    """Yield OUT.partial, a locked folder in which `out` is made, the state that an earlier run saved, and save_state().
 
     A folder that a run with other arguments began is refused.
     """
@@ -257,6 +255,7 @@ def finish(work: Path, out: Path, tokenizer, facts: dict, n_tokens: dict) -> dic
     for name, content in tokenizer.files.items():
         (done / name).write_bytes(content)
     replace_file(done / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode() + b"\n"))
+    (work / "state.json").unlink(missing_ok=True)  # it speaks of tokens in work/done
     done.rename(out)
     shutil.rmtree(work, ignore_errors=True)
     return meta

@@ -27,26 +27,26 @@ def format_of(path: str | Path) -> str | None:
     return match and (match[1] or match[2] or "json")
 
 
-def list_sources(names: list[str], split: str | None) -> list[tuple[str, str | None]]:
-    """(path, split) of the files that the names stand for. A folder stands for all files below it but hidden ones."""
-    sources = []
+def find_files(names: list[str]) -> list[str]:
+    """The files that the names stand for. A folder stands for all files below it, except hidden ones."""
+    found = []
     for name in names:
         path = Path(name)
         if path.is_file() and format_of(path):
-            sources.append((name, split))
+            found.append(name)
         elif path.is_dir():
             below = [other for other in sorted(path.rglob("*")) if "/." not in f"/{other.relative_to(path).as_posix()}"]
             files = [other for other in below if other.is_file() and format_of(other)]
             rest = [other for other in below if other not in files and (other.is_symlink() or not other.is_dir())]
-            sources += [(str(file), split) for file in files]
             if rest:
                 say(f"not read, because of another format or a linked folder: {', '.join(map(str, rest))}")
             if not files:
                 raise UserError(f"{name} has no file that can be read: give a folder that has some of {FORMATS}")
+            found += map(str, files)
         else:
             what = "has none of the formats that prepare.py reads" if path.exists() else "is not a file or folder"
             raise UserError(f"{name} {what}: give builtin, c4, gutenberg, or files or folders of {FORMATS}")
-    return sources
+    return found
 
 
 def open_text(path: str):

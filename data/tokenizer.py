@@ -78,13 +78,12 @@ class JsonTokenizer:
 
     def __init__(self, path: Path, eot: str | None):
         try:
-            import tokenizers
-
-            content = path.read_bytes()
-        except (ImportError, OSError) as error:
-            raise UserError(f"{path} could not be read ({error}): it needs pip install tokenizers") from None
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError(f"{path} needs the package tokenizers: pip install tokenizers") from None
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            content = path.read_bytes()
+            self.tokenizer = Tokenizer.from_buffer(content)
         except Exception as error:  # tokenizers raises Exception itself
             raise UserError(f"{path} is not a tokenizer.json: {error}") from None
         eot = eot or end_token(path.parent, self.tokenizer)

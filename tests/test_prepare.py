@@ -19,6 +19,7 @@ import threading
 import time
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -113,9 +114,6 @@ def test_the_built_in_corpus_is_byte_for_byte_what_it_was(monkeypatch, here):
     assert meta["val"]["sha256"] == "25f4b471f7bd9c352c7650ebaee015315ebbacc12df028abc11a59593cc359e2"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is read
-
 A = texts(200, seed=3)  # two of them are held out
 BAD = b'{"text": null}\n{"url": "u"}\n["text"]\n7\n{"text": 7}\n{text}\n{"text": "\xe9"}\n' + b"[" * 10**5 + b"\n"
 FORMATS = {"a.jsonl": lines(A[:20]), "b.ndjson": lines(A[20:40]), "c.JSON.gz": gzip.compress(lines(A[40:60]))}
@@ -186,9 +184,6 @@ def test_val_names_the_validation_files_which_then_do_not_train():
     train, val, _ = main("in --val in/val.jsonl in/more")
     assert (train, val) == (tokens(["a.jsonl"]), tokens(["val.jsonl", "more/b.jsonl", "more/c.jsonl"]))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
 
 RANKS = [bytes([b]) for b in range(256)] + [bytes(pair) for pair in product(range(256), repeat=2)]
 
@@ -266,6 +261,15 @@ def test_a_file_that_changed_between_runs_is_read_again(file, some, capsys):
     assert main(argv) == main(argv, "another")
 
 
+def test_a_run_stopped_at_its_very_end_has_the_same_bytes_after_the_next_one(monkeypatch):
+    write("", {"a.txt": " ".join(A).encode()})
+    for step, effects in (("truncate", [None, KeyboardInterrupt]), ("file_hash", [KeyboardInterrupt])):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+            patch.setattr(prepare, step, mock.Mock(side_effect=effects))
+            main("a.txt")
+    assert main("a.txt") == main("a.txt", "another")
+
+
 def test_an_ascii_locale_reads_and_prints_what_utf8_does(here):
     write("", {"é/a.jsonl": lines(A), "é/é.csv": b"", "hand/val.bin": bytes(4)})
     write("hand", {"meta.json": '{"é": "é", "tokenizer": "x", "vocab_size": 9, "dtype": "uint16"}'.encode()})
@@ -279,9 +283,6 @@ def test_an_ascii_locale_reads_and_prints_what_utf8_does(here):
     subprocess.run(argv, env=env, check=True)
     assert both("out")[:2] == tuple(map(tokens, by_split(A)))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
 
 SIGNS = ["a", "b", "Z", "é", "7", "²", "Ⅷ", "日", "'s", "'", "'ll", ".", "!?", "\U0001f600", "\u0301", "<|endoftext|>"]
 SIGNS += [" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", "\u3000", "\x1c", "\x85"]
@@ -310,12 +311,10 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, own):
 
 
 def test_a_million_white_space_characters_in_a_row_do_not_make_tiktoken_panic(own):
-    parts = [" word" + "\t" * 10**6, "\n\x1c"]
-    expected = [token for part in parts for token in own.encoding.encode_ordinary(part)]  # GPT-2's pattern cuts there
-    assert own.encode_ordinary("".join(parts)) == expected
+    parts = [" word" + "\t" * 10**6, "\n\x1c"]  # GPT-2's pattern cuts there
     write("", {"a.jsonl": lines(["".join(parts)])})
     train, val, _ = main("a.jsonl --tokenizer=own.tiktoken")
-    assert train + val == [*expected, own.eot]
+    assert train + val == [token for part in parts for token in own.encoding.encode_ordinary(part)] + [own.eot]
 
 
 @pytest.mark.parametrize("n, dtype", [(65_535, "uint16"), (65_536, "uint32")])  # and one more ends a document
@@ -335,9 +334,8 @@ def llama():
     """A tokenizer.json like Llama 2's, which marks the beginning of a text. The file truncates and pads, as some do."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=False)
-    special = ["<unk>", "</s>", "<end>", "<s>"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    made.train_from_iterator(texts(50), trainer)
+    options = {"vocab_size": 300, "special_tokens": ["<unk>", "</s>", "<end>", "<s>"], "show_progress": False}
+    made.train_from_iterator(texts(50), tokenizers.trainers.BpeTrainer(**options))
     made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
     plain = tokenizers.Tokenizer.from_str(made.to_str())
     made.enable_truncation(5)
@@ -346,25 +344,20 @@ def llama():
     return plain
 
 
-@pytest.mark.parametrize(
-    "file, config, flag, end",
-    [
-        ("tokenizer_config.json", {"eos_token": "</s>"}, None, "</s>"),
-        ("tokenizer_config.json", {"eos_token": {"content": "<end>"}}, None, "<end>"),
-        ("tokenizer_config.json", {"eos_token": "</s>"}, "<end>", "<end>"),
-        ("config.json", {"eos_token_id": 1}, None, "</s>"),
-        ("config.json", {"eos_token_id": [2, 1]}, None, "<end>"),
-        ("config.json", [], None, "config.json is damaged"),
-        ("config.json", {}, None, "--eot"),
-    ],
-)
-def test_a_config_or_a_flag_names_the_end_of_a_document(file, config, flag, end, llama):
-    write("", {file: json.dumps(config).encode()})
-    if llama.token_to_id(end) is None:
-        with pytest.raises(UserError, match=end):
-            tokenizer.get_tokenizer("tokenizer.json", eot=flag)
-    else:
+def test_a_config_or_a_flag_names_the_end_of_a_document(llama):
+    for content, flag, end in (
+        ({"eos_token": "</s>"}, None, "</s>"),
+        ({"eos_token": {"content": "<end>"}}, None, "<end>"),
+        ({"eos_token": "</s>"}, "<end>", "<end>"),
+        ({"eos_token_id": 1}, None, "</s>"),
+        ({"eos_token_id": [2, 1]}, None, "<end>"),
+    ):
+        write("", dict.fromkeys(["tokenizer_config.json", "config.json"], json.dumps(content).encode()))
         assert tokenizer.get_tokenizer("tokenizer.json", eot=flag).eot == llama.token_to_id(end)
+    for content, message in ((b"[]", "tokenizer_config.json is damaged"), (b"{}", "--eot")):
+        write("", dict.fromkeys(["tokenizer_config.json", "config.json"], content))
+        with pytest.raises(UserError, match=message):
+            tokenizer.get_tokenizer("tokenizer.json")
 
 
 def test_a_tokenizer_json_gives_its_own_tokens_then_and_later(llama):
@@ -381,14 +374,11 @@ def test_a_tokenizer_json_gives_its_own_tokens_then_and_later(llama):
 
 
 @pytest.mark.parametrize("error", [requests.ConnectionError("no network"), ValueError("Hash mismatch")])
-def test_gpt2_without_a_network_gets_one_line(monkeypatch, error):
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(error))
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        tokenizer.get_tokenizer("gpt2")
+def test_gpt2_without_a_network_gets_one_line(monkeypatch, capsys, error):
+    monkeypatch.setattr(tiktoken, "get_encoding", mock.Mock(side_effect=error))
+    write("", {"a.jsonl": lines(A)})
+    assert "TIKTOKEN_CACHE_DIR" in refused(capsys, "a.jsonl --tokenizer=gpt2")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The hub, kills
 
 C4 = [f"en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)]
 C4 += [f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(3)]
@@ -402,11 +392,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         hub, path = self.server, self.path.partition("?")[0]
         revision, _, name = path.removeprefix(f"/datasets/{hub.repository}/resolve/").partition("/")
         hub.log.append((self.command, revision, name))
-        if path == f"/api/datasets/{hub.repository}":
-            siblings = [{"rfilename": name} for name in hub.files]
-            body = json.dumps({"id": hub.repository, "sha": COMMIT, "siblings": siblings}).encode()
-        else:
-            body = hub.files[name]
+        facts = {"id": "x", "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.files]}
+        body = json.dumps(facts).encode() if path == f"/api/datasets/{hub.repository}" else hub.files[name]
         first = int(re.search(r"\d+", self.headers["Range"] or "bytes=0-")[0])
         self.send_response(206 if first else 200)
         self.send_header("X-Repo-Commit", COMMIT)
@@ -415,10 +402,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
         if self.command == "GET":
-            last = len(body)
-            if name == hub.breaks:
-                last, hub.breaks = len(body) // 2, None
-            self.wfile.write(body[first:last])
+            breaks, hub.breaks = name == hub.breaks, None if name == hub.breaks else hub.breaks
+            self.wfile.write(body[first : len(body) // 2 if breaks else None])
             self.close_connection = True
 
     do_HEAD = do_GET
@@ -487,21 +472,13 @@ def test_a_run_killed_five_times_has_the_bytes_of_one_that_was_not(here):
     assert not (here / "out.partial").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# load()
-
-
-def ids(numbers, dtype="uint16"):
-    return np.array(numbers, dtype).tobytes()
-
-
 def meta_json(**facts):
     return {"meta.json": json.dumps({"tokenizer": "x", "vocab_size": 60_001, "dtype": "uint16"} | facts).encode()}
 
 
 @pytest.mark.parametrize("expected, dtype", [([1, 60_000], "uint16"), ([1, 99_999, 0], "uint32")])
 def test_load_gives_the_tokens_and_their_hash(expected, dtype):
-    content = ids(expected, dtype)
+    content = np.array(expected, dtype).tobytes()
     write("", {"val.bin": content} | meta_json(vocab_size=max(expected) + 1, dtype=dtype))
     array, facts = load("", "val")
     assert array.tolist() == expected
@@ -509,14 +486,14 @@ def test_load_gives_the_tokens_and_their_hash(expected, dtype):
     assert load("", "val", check=False)[1]["val"] == {"tokens": len(expected), "sha256": None}
 
 
-SHORT = [1, 50_256, 7, 2]
+SHORT = np.array([1, 50_256, 7, 2], np.uint16)
 DAMAGED = {  # what the line must match; what becomes of the files of the folder
     "missing": ("there is no", {"val.bin": None}),
     "empty": ("is empty", {"val.bin": b""}),
-    "half a token": ("was cut off", {"val.bin": ids(SHORT)[:-1]}),
-    "half a token, not described": ("was cut off", {"val.bin": ids(SHORT)[:-1]} | meta_json()),
-    "cut": ("6 bytes, 4 tokens", {"val.bin": ids(SHORT[:-1])}),
-    "another token": ("sha256", {"val.bin": ids([1, 50_256, 7, 3])}),
+    "half a token": ("was cut off", {"val.bin": SHORT.tobytes()[:-1]}),
+    "half a token, not described": ("was cut off", {"val.bin": SHORT.tobytes()[:-1]} | meta_json()),
+    "cut": ("6 bytes, 4 tokens", {"val.bin": SHORT.tobytes()[:-2]}),
+    "another token": ("sha256", {"val.bin": SHORT.tobytes()[:-1] + b"?"}),
     "meta.json is cut": ("meta.json is damaged", {"meta.json": b'{"tokenizer": "gpt2"'}),
     "meta.json is a list": ("meta.json is damaged", {"meta.json": b"[]"}),
     "no vocabulary": ('damaged.*"vocab_size": 50257', {"meta.json": b'{"tokenizer": "x"}'}),
@@ -529,7 +506,7 @@ DAMAGED = {  # what the line must match; what becomes of the files of the folder
 @pytest.mark.parametrize("name", DAMAGED)
 def test_load_refuses_a_folder_that_is_damaged_or_not_described(name, here):
     expected, files = DAMAGED[name]
-    meta = prepare.write(here / "data", BYTES, np.array(SHORT), np.array(SHORT), {"source": "numbers"})
+    meta = prepare.write(here / "data", BYTES, SHORT, SHORT, {"source": "numbers"})
     for file, content in files.items():
         path = Path("data", file)
         path.unlink() if content is None else path.write_bytes(content)

@@ -33,10 +33,8 @@ from data.passkey import FILLER, byte_tokens, drill, passkey_document
 from data.read import FORMATS, VAL_SHARE, documents, file_hash, find_files, format_of, held_out
 from data.tokenizer import get_tokenizer
 
-HUB = {  # name: repository, field of the text, training tokens of the paper
-    "c4": ("allenai/c4", "text", 10e9),
-    "gutenberg": ("sedthh/gutenberg_english", "TEXT", 5e9),
-}
+# The repository, the field of the text, and the training tokens of the paper
+HUB = {"c4": ("allenai/c4", "text", 10e9), "gutenberg": ("sedthh/gutenberg_english", "TEXT", 5e9)}
 BATCH = 2**22  # characters tokenized at once
 
 
@@ -126,53 +124,43 @@ def take_batch(pieces) -> list:
     return batch
 
 
-def append(done: Path, path: str, split: str | None, tokenizer, column: str, limit: int | None, bar) -> dict:
-    """Append the tokens of a file to the token files in `done`: at most `limit` training tokens.
+def append(done: Path, path: str, split: str | None, tokenizer, column: str, limit: int | None, counts: Counter, bar):
+    """Append the tokens of a file to the token files in `done`, which get at most `limit` training tokens.
 
-    Returns the number of tokens of each split, and of records by kind. A thread reads one batch of pieces while the
+    Adds to `counts`: tokens by split, and good, bad and empty records. A thread reads one batch of pieces while the
     one before it is tokenized.
     """
-    records, counts, dtype = Counter(), {"train": 0, "val": 0}, token_type(tokenizer)
+    dtype, records = token_type(tokenizer), Counter()
     end = np.array([tokenizer.eot], dtype).tobytes()
     pieces = (
         (split or ("val" if held_out(sha256, VAL_SHARE) else "train"), last, piece)
         for sha256, blocks in documents(path, column, records)
         for piece, last in tokenizer.pieces(blocks)
     )
-    with (
-        open(done / "train.bin", "ab") as train,
-        open(done / "val.bin", "ab") as val,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        files, start = {"train": train, "val": val}, train.tell()
-        batch = take_batch(pieces)
+    with open(done / "train.bin", "ab") as train, open(done / "val.bin", "ab") as val, ThreadPoolExecutor(1) as thread:
+        files, batch = {"train": train, "val": val}, take_batch(pieces)
         while batch and (limit is None or counts["train"] < limit):
             upcoming = thread.submit(take_batch, pieces)
             for (goes_to, last, _), tokens in zip(batch, tokenizer.encode_batch([piece for _, _, piece in batch])):
                 files[goes_to].write(np.array(tokens, dtype))
                 files[goes_to].write(end * last)
                 counts[goes_to] += len(tokens) + last
-                bar.update(len(tokens) + last if goes_to == "train" else 0)
+            bar.update(counts["train"] - bar.n)
             batch = upcoming.result()
         if limit and counts["train"] > limit:
             counts["train"] = limit
-            train.truncate(start + limit * dtype.itemsize)
+            train.truncate(limit * dtype.itemsize)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    return counts | {"records": records}
+    counts += records
 
 
-def total(counts: list[dict]) -> dict:
-    """The tokens of both splits in all files that have been read."""
-    return {split: sum(count[split] for count in counts) for split in ("train", "val")}
-
-
-def truncate(done: Path, tokens: dict, dtype: np.dtype) -> None:
-    """Cut both token files to a number of tokens."""
-    for split, n in tokens.items():
+def truncate(done: Path, counts: Counter, dtype: np.dtype) -> None:
+    """Cut both token files to the tokens that are counted."""
+    for split in ("train", "val"):
         with open(done / f"{split}.bin", "ab") as file:
-            file.truncate(n * dtype.itemsize)
+            file.truncate(counts[split] * dtype.itemsize)
 
 
 def tokenize(out: Path, corpus: str, args) -> dict:
@@ -186,45 +174,46 @@ def tokenize(out: Path, corpus: str, args) -> dict:
             raise UserError("Parquet files need the package pyarrow: pip install pyarrow")
     with workspace(out, [corpus, sources, limit, tokenizer.name, column]) as (work, state, save_state):
         if corpus in HUB:  # the first run decides on the commit
-            commit, sources = state["hub"] = state.get("hub") or hub_sources(corpus)
+            state["hub"] = state.get("hub") or hub_sources(corpus)
+            commit, sources = state["hub"]
             save_state()
         versions = [commit or [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path, _ in sources]
-        counts = state.setdefault("counts", [])
-        while [count["version"] for count in counts] != versions[: len(counts)]:
-            counts.pop()  # its file has changed
-        truncate(work / "done", total(counts), dtype)
-        with tqdm(total=limit, initial=total(counts)["train"], unit=" tokens", unit_scale=True, disable=None) as bar:
-            for (path, split), version in list(zip(sources, versions))[len(counts) :]:
-                left = limit and limit - total(counts)["train"]
-                if left == 0:
+        finished = state.setdefault("finished", [])  # for each file: its version, and the counts after it
+        while [version for version, _ in finished] != versions[: len(finished)]:
+            finished.pop()  # its file has changed
+        counts = Counter(finished[-1][1] if finished else {})
+        truncate(work / "done", counts, dtype)
+        with tqdm(total=limit, initial=counts["train"], unit=" tokens", unit_scale=True, disable=None) as bar:
+            for (path, split), version in list(zip(sources, versions))[len(finished) :]:
+                if limit and counts["train"] == limit:
                     break
                 bar.set_description(Path(path).name)
                 if commit:
                     place = {"repo_type": "dataset", "revision": commit, "local_dir": work / "download"}
                     path = ask_hub(huggingface_hub.hf_hub_download, HUB[corpus][0], path, **place)
                 try:
-                    count = append(work / "done", path, split, tokenizer, column, left, bar)
+                    append(work / "done", path, split, tokenizer, column, limit, counts, bar)
                 finally:  # if it was damaged, the next run downloads it again
                     if commit:
                         os.unlink(path)
-                counts.append(count | {"version": version})
+                finished.append([version, dict(counts)])
                 save_state()
-        n_tokens = total(counts)
-        if not n_tokens["train"] or (args.val and not n_tokens["val"]):
-            raise UserError(f"there is no text to {'validate' if n_tokens['train'] else 'train'} on")
-        if limit and n_tokens["train"] < limit:
+        if not counts["train"] or (args.val and not counts["val"]):
+            raise UserError(f"there is no text to {'validate' if counts['train'] else 'train'} on")
+        if limit and counts["train"] < limit:
             say(f"this is all there is: fewer than the {limit:,} training tokens asked for")
-        if not n_tokens["val"]:  # a few long documents: the end of the last one is held out
-            n_tokens["val"] = max(1, round(VAL_SHARE * n_tokens["train"]))
-            n_tokens["train"] -= n_tokens["val"]
-            end = np.fromfile(work / "done/train.bin", dtype, offset=n_tokens["train"] * dtype.itemsize)
-            state["counts"] = []  # a run that is killed from here on starts anew
+        facts = {"source": corpus, "shards": [path for path, _ in sources[: len(finished)]]}
+        if not counts["val"]:  # a few long documents: the end of the last one is held out
+            counts["val"] = max(1, round(VAL_SHARE * counts["train"]))
+            counts["train"] -= counts["val"]
+            end = np.fromfile(work / "done/train.bin", dtype, offset=counts["train"] * dtype.itemsize)
+            state["finished"] = []  # a run that is killed from here on starts anew
             save_state()
-            truncate(work / "done", n_tokens, dtype)
+            truncate(work / "done", counts, dtype)
             end.tofile(work / "done/val.bin")
-        records = sum((Counter(count["records"]) for count in counts), Counter())
-        facts = {"source": corpus, "shards": [path for path, _ in sources[: len(counts)]], "records": records}
-        return finish(work, out, tokenizer, facts | ({"revision": commit} if commit else {}), n_tokens)
+        tokens = {split: counts.pop(split) for split in ("train", "val")}
+        facts |= {"records": counts} | ({"revision": commit} if commit else {})
+        return finish(work, out, tokenizer, facts, tokens)
 
 
 @contextlib.contextmanager

@@ -37,9 +37,9 @@ def find_files(names: list[str]) -> list[str]:
         elif path.is_dir():
             below = [other for other in sorted(path.rglob("*")) if "/." not in f"/{other.relative_to(path).as_posix()}"]
             files = [other for other in below if other.is_file() and format_of(other)]
-            rest = [other for other in below if other not in files and (other.is_symlink() or not other.is_dir())]
-            if rest:
-                say(f"not read, because of another format or a linked folder: {', '.join(map(str, rest))}")
+            folders = [other for other in below if other.is_dir() and not other.is_symlink()]
+            if rest := sorted({*below} - {*files, *folders}):
+                say(f"not read (another format, or a link to a folder): {', '.join(map(str, rest))}")
             if not files:
                 raise UserError(f"{name} has no file that can be read: give a folder that has some of {FORMATS}")
             found += map(str, files)

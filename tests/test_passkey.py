@@ -98,13 +98,6 @@ def test_the_fixed_strings_take_253_bytes():
         passkey_document(BYTES, 252, 31415, 0.5)
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.25, 1.0])
-def test_depth_is_the_share_of_filler_before_the_information(depth):
-    tokens, _ = passkey_document(BYTES, 1253, 31415, depth)
-    _, before, _, after, _ = BYTES.decode(tokens).split("\n")
-    assert (len(before), len(after)) == (1000 * depth, 1000 - 1000 * depth)
-
-
 def test_a_drill_repeats_one_key_between_pieces_of_the_text():
     text = np.arange(1000, 2000, dtype=np.uint16)  # no byte has such values
     keys = set()

@@ -22,7 +22,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import pytest
 import regex
@@ -459,7 +458,7 @@ def test_a_run_killed_five_times_has_the_bytes_of_one_that_was_not(here):
     main(" ".join(files), "whole")
     for done in (1, 10, 20, 30, 40):
         process = start(*files)
-        while not state.exists() or len(json.loads(state.read_text())["counts"]) < done:
+        while not state.exists() or len(json.loads(state.read_text())["finished"]) < done:
             assert process.poll() is None
             time.sleep(0.001)
         time.sleep(rng.random() / 50)  # a file takes about as long

@@ -218,10 +218,7 @@ def tokenize(out: Path, corpus: str, args) -> dict:
 
 @contextlib.contextmanager
 def workspace(out: Path, arguments: list):
-    """Yield OUT.partial, a locked folder in which `out` is made, the state that an earlier run saved, and save_state().
-
-    A folder that a run with other arguments began is refused.
-    """
+    """Yield the locked folder OUT.partial, the state that an earlier run with these arguments saved, and save_state."""
     work = out.with_name(out.name + ".partial")
     kept, state = work / "state.json", {"arguments": json.loads(json.dumps(arguments))}
     try:

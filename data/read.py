@@ -94,10 +94,10 @@ def documents(path: str, column: str, counts: Counter):
             yield sha256.digest(), stored(path, column)
         return
     for number, record in enumerate(stored(path, column), 1):
-        if isinstance(record, bytes) and record.isspace():
+        is_line = isinstance(record, bytes)
+        if is_line and record.isspace():
             continue
         try:
-            is_line = isinstance(record, bytes)
             text = json.loads(record.decode("utf-8", "surrogatepass"))[column] if is_line else record.as_py()
             if not isinstance(text, str):
                 raise TypeError(f"{column!r} is {type(text).__name__}, not text")

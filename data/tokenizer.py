@@ -167,5 +167,4 @@ def get_tokenizer(name: str, folder: str | Path | None = None, eot: str | None =
     try:
         return TiktokenTokenizer(tiktoken.get_encoding("gpt2"), {})
     except (OSError, ValueError):  # no network; another file than GPT-2's came
-        hint = "connect once, or set TIKTOKEN_CACHE_DIR to a cache of it"
-        raise UserError(f"tiktoken could not download GPT-2's tokenizer: {hint}") from None
+        raise UserError("tiktoken cannot download GPT-2's files: connect once, or set TIKTOKEN_CACHE_DIR") from None

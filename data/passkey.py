@@ -5,6 +5,8 @@ Source: Mohtashami & Jaggi, arXiv 2305.16300. The strings are the benchmark's ow
 
 import numpy as np
 
+from common import UserError
+
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
@@ -15,23 +17,42 @@ QUESTION = "What is the pass key? The pass key is"
 ANSWER = " {k}"
 
 
+def encode_inside(tokenizer, text: str) -> list[int]:
+    """The tokens that `text` has inside a longer text.
+
+    Some tokenizers (Llama 2's) put a mark in front of a text, as if a space stood there. So the text is encoded behind
+    one more character, whose tokens are then cut off. Another character is tried if the tokenizer merges the two.
+    """
+    for before in ".\n?a0":
+        front, both = tokenizer.encode_ordinary(before), tokenizer.encode_ordinary(before + text)
+        if front and both[: len(front)] == front:
+            return both[len(front) :]
+    return tokenizer.encode_ordinary(text)
+
+
 def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[list[int], int]:
     """Return (document, n): a list of exactly `length` tokens, of which the last n are the answer.
 
     The document has five lines: task, filler, information, filler, and the question with its answer. The filler is
     cut, token by token, to fill the length. `depth` in [0, 1] is the share of the filler that stands before the
-    information. Raises ValueError if `length` is too short for the fixed strings, which have 253 bytes.
+    information. Question and answer are encoded together, so that the answer's tokens are the ones that a text has:
+    they begin where the question alone has other tokens. If a tokenizer merges the end of the question with the
+    answer, the merged token belongs to the answer. Raises UserError if `length` is too short for the fixed strings.
     """
-    encode = tokenizer.encode_ordinary
-    head, tail = encode(TASK + "\n"), encode("\n" + QUESTION)
-    info, answer = encode("\n" + INFORMATION.format(k=key) + "\n"), encode(ANSWER.format(k=key))
-    fixed = len(head) + len(info) + len(tail) + len(answer)
-    room = length - fixed
+    head = tokenizer.encode_ordinary(TASK + "\n")
+    info = encode_inside(tokenizer, "\n" + INFORMATION.format(k=key) + "\n")
+    question = encode_inside(tokenizer, "\n" + QUESTION)
+    tail = encode_inside(tokenizer, "\n" + QUESTION + ANSWER.format(k=key))
+    shared = next((i for i, (ours, theirs) in enumerate(zip(question, tail)) if ours != theirs), len(question))
+    room = length - len(head + info + tail)
     if room < 0:
-        raise ValueError(f"length {length} is too short for a passkey prompt: its fixed strings take {fixed} tokens")
-    filler = encode(FILLER + (" " + FILLER) * (room // len(encode(" " + FILLER)) + 1))
+        raise UserError(f"length {length} is too short for a passkey: its fixed strings take {length - room} tokens")
+    text, filler = FILLER, encode_inside(tokenizer, FILLER)
+    while len(filler) < room:
+        text += " " + text
+        filler = encode_inside(tokenizer, text)
     before = round(depth * room)
-    return head + filler[:before] + info + filler[: room - before] + tail + answer, len(answer)
+    return head + filler[:before] + info + filler[: room - before] + tail, len(tail) - shared
 
 
 def byte_tokens(text: str) -> np.ndarray:

@@ -1,32 +1,24 @@
-"""Source files -> pieces of text. Which files are read, what each is for, and what becomes of bad records."""
+"""Reads what lies in files: documents from the source files, and, in `load`, tokens from the folder made of them."""
 
 import codecs
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import re
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from data.files import fail, say
+from common import UserError, say
 
 FORMATS = ".txt, .jsonl, .ndjson or .json (one record per line), each of them also as .gz, and .parquet"
-TRAIN, VALIDATION = {"train", "training"}, {"validation", "valid", "val", "dev"}
-TEST = {"test", "testing", "eval", "evaluation"}
-VAL_SHARE = 0.01  # of the documents, where the source has no validation set
+VAL_SHARE = 0.01  # of the documents, where no validation files are given
 BLOCK = 2**20  # bytes or characters read at once
-
-
-class Source(NamedTuple):
-    name: str  # for messages and meta.json
-    path: str  # on the hub: the path in the repository
-    split: str | None  # "train", "val", or None: each document goes where its hash says
+META = '{"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}'  # the least that a meta.json says
 
 
 def format_of(path: str | Path) -> str | None:
@@ -35,76 +27,26 @@ def format_of(path: str | Path) -> str | None:
     return match and (match[1] or match[2] or "json")
 
 
-def split_of(path: Path) -> set | None:
-    """Return TRAIN, VALIDATION or TEST by the first such word in a file's name, else in its folders' names."""
-    for part in reversed(path.parts):
-        for word in re.findall(r"[^\W\d_]+", part.lower()):
-            for words in (TRAIN, VALIDATION, TEST):
-                if word in words:
-                    return words
-    return None
-
-
-def folder_sources(folder: Path) -> list[Source]:
-    """The sources in a folder, which may be a data set as the hub lays it out. Prints what each file is taken for."""
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    splits = {path: split_of(path) for path in paths if format_of(path)}
-
-    def of(words: set | None) -> list[Path]:
-        return [path for path, split in splits.items() if split is words]
-
-    train, val = of(TRAIN) or of(None), of(VALIDATION) or of(TEST)
-    if not train:
-        fail(f"{folder} has no file to train on: give a folder that has some of {FORMATS}")
-    unused = [path for path in paths if path not in train + val]
-    for what, some in (("training", train), ("validation", val), ("not used", unused)):
-        say(f"{what}: {', '.join(map(str, some)) or 'no file'}")
-    sources = [Source(str(path), str(folder / path), "val") for path in val]
-    return sources + [Source(str(path), str(folder / path), "train" if val else None) for path in train]
-
-
-def local_sources(names: list[str], column: str) -> list[Source]:
-    """The sources for files and folders. What cannot be read is refused here, before any work."""
-    sources = []
+def find_files(names: list[str]) -> list[str]:
+    """The files that the names stand for. A folder stands for all files below it, except hidden ones."""
+    found = []
     for name in names:
-        path = Path(name).absolute()
-        if path.is_dir():
-            sources += folder_sources(path)
-        elif not path.is_file():
-            fail(f"there is no file or folder {name}: give builtin, c4, gutenberg, files or a folder")
-        elif not format_of(path):
-            fail(f"{name} has none of the formats that prepare.py reads: {FORMATS}")
+        path = Path(name)
+        if path.is_file() and format_of(path):
+            found.append(name)
+        elif path.is_dir():
+            below = [other for other in sorted(path.rglob("*")) if "/." not in f"/{other.relative_to(path).as_posix()}"]
+            files = [other for other in below if other.is_file() and format_of(other)]
+            folders = [other for other in below if other.is_dir() and not other.is_symlink()]
+            if rest := sorted({*below} - {*files, *folders}):
+                say(f"not read (another format, or a link to a folder): {', '.join(map(str, rest))}")
+            if not files:
+                raise UserError(f"{name} has no file that can be read: give a folder that has some of {FORMATS}")
+            found += map(str, files)
         else:
-            sources.append(Source(path.name, str(path), None))
-    for name, path, _ in sources:
-        if format_of(path) == "parquet":
-            open_parquet(name, path, column)
-    if len(sources) == 1 and format_of(sources[0].path) == "txt":
-        return [sources[0]._replace(split="train")]  # one document: its end will be held out
-    return sources
-
-
-def import_parquet():
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        fail("Parquet files need the package pyarrow: pip install pyarrow")
-    return pyarrow.parquet
-
-
-def open_parquet(name: str, path: str, column: str):
-    """Return (file, the name of `column` in it, where upper and lower case do not matter)."""
-    parquet = import_parquet()
-    try:
-        file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK)
-    except (OSError, ValueError) as error:
-        fail(f"{name} is no Parquet file, or a damaged one: {error}")
-    names = file.schema_arrow.names
-    found = [column] * (column in names) or [other for other in names if other.lower() == column.lower()]
-    if not found:
-        fail(f"{name} has no column {column}: name one with --text_column ({', '.join(names)})")
-    return file, found[0]
+            what = "has none of the formats that prepare.py reads" if path.exists() else "is not a file or folder"
+            raise UserError(f"{name} {what}: give builtin, c4, gutenberg, or files or folders of {FORMATS}")
+    return found
 
 
 def open_text(path: str):
@@ -115,33 +57,75 @@ def open_text(path: str):
     return file
 
 
-def records(name: str, path: str, column: str):
-    """Yield (line or row number, function) of every record. The function returns the record's text, or raises."""
-    if format_of(path) == "parquet":
-        file, column = open_parquet(name, path, column)
-        batches = file.iter_batches(16, columns=[column], use_threads=False)
-        rows = (row for batch in batches for row in batch.column(0))
-        yield from ((number, row.as_py) for number, row in enumerate(rows, 1))
-    else:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield number, lambda line=line: json.loads(line.decode("utf-8", "surrogatepass"))[column]
-
-
-def text_of(record) -> tuple[str | None, str]:
-    """Return (text, "good" or "empty"), or (None, what is wrong with the record)."""
+def stored(path: str, column: str):
+    """Yield what a file stores: blocks of text (.txt), lines as bytes (JSON), or the values of a Parquet column."""
     try:
-        text = record()
-    except UnicodeDecodeError:
-        return None, "broken UTF-8"
-    except (ValueError, RecursionError):
-        return None, "broken JSON"
-    except (KeyError, TypeError):
-        return None, "no text"
-    if not isinstance(text, str):
-        return None, "no text"
-    return text, "good" if text else "empty"
+        if format_of(path) == "parquet":
+            import pyarrow.parquet
+
+            file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK)
+            if column not in (columns := file.schema_arrow.names):
+                raise UserError(f"{path} has no column {column!r}: give one of {columns} as --text_column")
+            for batch in file.iter_batches(16, columns=[column], use_threads=False):
+                yield from batch.column(0)
+        else:
+            with open_text(path) as lines:
+                if format_of(path) == "json":
+                    yield from lines
+                else:
+                    text = io.TextIOWrapper(lines, encoding="utf-8", newline="")
+                    yield from iter(lambda: text.read(BLOCK), "")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): replace it, then run the same command again") from None
+
+
+def documents(path: str, column: str, counts: Counter):
+    """Yield (sha256, blocks of text) of each document in a file, and count good, empty and bad records.
+
+    A .txt file is one document, of any size, and is read twice. In other files, the text of each record is one.
+    """
+    if format_of(path) == "txt":
+        sha256, size = hashlib.sha256(), 0
+        for block in stored(path, column):
+            sha256.update(block.encode())
+            size += len(block)
+        counts["good" if size else "empty"] += 1
+        if size:
+            yield sha256.digest(), stored(path, column)
+        return
+    for number, record in enumerate(stored(path, column), 1):
+        is_line = isinstance(record, bytes)
+        if is_line and record.isspace():
+            continue
+        try:
+            text = json.loads(record.decode("utf-8", "surrogatepass"))[column] if is_line else record.as_py()
+            if not isinstance(text, str):
+                raise TypeError(f"{column!r} is {type(text).__name__}, not text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            counts["bad"] += 1
+            if counts["bad"] == 1:
+                with tqdm.external_write_mode():
+                    say(f"{path}, line {number}: {type(error).__name__}: {error}. Bad records are skipped and counted.")
+            continue
+        counts["good" if text else "empty"] += 1
+        if text:
+            yield hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), [text]
+    bad, n = counts["bad"], counts.total()
+    if bad == n or (bad >= 100 and bad * 100 > n):
+        raise UserError(
+            f"{path} has {n:,} records, and {bad:,} of them are bad. It needs one record per line, with its text in "
+            f"{column!r}{fields(path)}: name another field with --text_column, or repair the file"
+        )
+
+
+def fields(path: str) -> str:
+    """A phrase that lists the fields of the first record in a JSON file, even if the file holds one array."""
+    with open_text(path) as file:
+        start = file.read(BLOCK).decode("utf-8", "replace").lstrip("[ \t\r\n")
+    try:
+        return f". The first record has {', '.join(dict(json.JSONDecoder().raw_decode(start)[0]))}"
+    except (ValueError, TypeError, RecursionError):
+        return ""
 
 
 def held_out(sha256: bytes, share: float) -> bool:
@@ -149,42 +133,37 @@ def held_out(sha256: bytes, share: float) -> bool:
     return int.from_bytes(sha256[:4], "big") < share * 2**32
 
 
-def documents(source: Source, path: str, column: str, counts: Counter):
-    """Yield (the blocks of a document's text, its sha256), and count good, empty and bad records by kind."""
-    if format_of(path) == "txt":  # one document, of any size
-        with open_text(path) as file:
-            sha256 = hashlib.file_digest(file, "sha256").digest()
-        with io.TextIOWrapper(open_text(path), encoding="utf-8", newline="") as file:
-            first = file.read(BLOCK)
-            counts["good" if first else "empty"] += 1
-            if first:
-                yield itertools.chain([first], iter(lambda: file.read(BLOCK), "")), sha256
-        return
-    for number, record in records(source.name, path, column):
-        text, kind = text_of(record)
-        counts[kind] += 1
-        if text:
-            yield [text], hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        elif kind != "empty" and counts[kind] == 1:
-            tqdm.write(f"{source.name}, line {number}: {kind}. Such records are skipped and counted.")
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pieces(source: Source, path: str, column: str, tokenizer, counts: Counter):
-    """Yield (split, piece of text, whether a document ends with it) for the source, whose file lies at `path`."""
+def load(folder: str | Path, split: str, check: bool = True) -> tuple[np.memmap, dict]:
+    """Return (the tokens of a split, mapped from its file; the facts of meta.json, always with meta[split]["sha256"]).
+
+    `check` reads the whole file, to see that it is the one that meta.json describes. Without it, sha256 is what
+    meta.json says, or None. A meta.json written by hand needs only tokenizer, vocab_size and dtype.
+    """
+    folder = Path(folder)
+    path, meta_path = folder / f"{split}.bin", folder / "meta.json"
+    if not path.is_file():
+        raise UserError(f"there is no {path}: make it with data/prepare.py, or name another folder with --data")
+    if not meta_path.is_file():
+        raise UserError(f"{folder} has no meta.json. If its tokens are nanoGPT's (GPT-2), write {META} to {meta_path}")
     try:
-        for blocks, sha256 in documents(source, path, column, counts):
-            split = source.split or ("val" if held_out(sha256, VAL_SHARE) else "train")
-            for piece, last in tokenizer.pieces(blocks):
-                yield split, piece, last
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        fail(f"{source.name} is damaged ({error}): mend or replace it, then run the same command again")
-    bad = counts.total() - counts["good"] - counts["empty"]
-    if bad == counts.total() or (bad >= 100 and bad * 100 > counts.total()):
-        kinds = ", ".join(f"{kind}: {n:,}" for kind, n in counts.items())
-        fail(f"{source.name} has too many bad records ({kinds or 'none at all'}): mend it, then run this again")
-
-
-def load(folder, split, check=True):  # INTERIM
-    from data.prepare import load
-
-    return load(folder, split)
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        dtype = {"uint16": np.dtype("uint16"), "uint32": np.dtype("uint32")}[meta["dtype"]]
+        _, vocab_size, facts = meta["tokenizer"], int(meta["vocab_size"]), meta.setdefault(split, {})
+        size = path.stat().st_size
+        n_tokens, sha256 = facts.setdefault("tokens", size // dtype.itemsize), facts.setdefault("sha256", None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{meta_path} is damaged: run data/prepare.py again, or write at least {META}") from None
+    if vocab_size > 2 ** (8 * dtype.itemsize):
+        raise UserError(f"{meta_path} says {vocab_size} tokens in {dtype}, which cannot hold them: set its dtype")
+    if not size or size != n_tokens * dtype.itemsize:
+        raise UserError(f"{path} is empty or was cut off ({size} bytes, {n_tokens} tokens): run data/prepare.py again")
+    if check:
+        facts["sha256"] = file_hash(path)
+        if sha256 not in (None, facts["sha256"]):
+            raise UserError(f"{path} does not have the sha256 that meta.json says: run data/prepare.py again")
+    return np.memmap(path, dtype, mode="r"), meta

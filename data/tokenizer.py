@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from data.files import fail
+from common import UserError
 
 END = "<|endoftext|>"  # ends a document
 # GPT-2 splits a text into contractions, words, numbers, other signs and white space, and merges bytes within each.
@@ -67,8 +67,6 @@ class TiktokenTokenizer:
             return list(threads.map(self.encode_array, pieces))
 
     def encode_ordinary(self, text: str) -> list[int]:
-        if len(text) < PIECE:
-            return self.encoding.encode_ordinary(text)
         return [token for piece, _ in self.pieces([text]) for token in self.encoding.encode_ordinary(piece)]
 
 
@@ -80,20 +78,20 @@ class JsonTokenizer:
 
     def __init__(self, path: Path, eot: str | None):
         try:
-            import tokenizers
+            from tokenizers import Tokenizer
         except ImportError:
-            fail(f"{path} needs the package tokenizers: pip install tokenizers")
+            raise UserError(f"{path} needs the package tokenizers: pip install tokenizers") from None
         try:
             content = path.read_bytes()
-            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            eot = eot or end_token(path.parent, self.tokenizer)
+            self.tokenizer = Tokenizer.from_buffer(content)
         except Exception as error:  # tokenizers raises Exception itself
-            fail(f"{path} is not a tokenizer.json, or the config beside it is damaged: {error}")
+            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
+        eot = eot or end_token(path.parent, self.tokenizer)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.eot = self.tokenizer.token_to_id(eot or "")
         if self.eot is None:
-            fail(f"{path} needs a token that ends a document, and {eot!r} is none of its tokens: name one with --eot")
+            raise UserError(f"{path} needs a token that ends a document, and {eot!r} is not one: name it with --eot")
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
         config = json.dumps({"eos_token": eot}).encode()
         self.files = {"tokenizer.json": content, "tokenizer_config.json": config}
@@ -117,21 +115,15 @@ class JsonTokenizer:
 def end_token(folder: Path, tokenizer) -> str | None:
     """The end-of-document token that a config beside a tokenizer.json names: as a string, an object, or by its id."""
     for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
-        config = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-        token = config.get(key)
-        token = token[0] if isinstance(token, list) else token
-        if isinstance(token, int):
-            return tokenizer.id_to_token(token)
-        if token:
-            return token["content"] if isinstance(token, dict) else token
+        path = folder / name
+        try:
+            token = json.loads(path.read_text(encoding="utf-8")).get(key) if path.exists() else None
+            token = token[0] if isinstance(token, list) else token["content"] if isinstance(token, dict) else token
+        except (ValueError, AttributeError, KeyError, IndexError):
+            raise UserError(f"{path} is damaged: repair it, or name the end-of-document token with --eot") from None
+        if token is not None:
+            return tokenizer.id_to_token(token) if isinstance(token, int) else token
     return None
-
-
-def byte_tokenizer() -> TiktokenTokenizer:
-    """One token for each byte, and one for the end of a document: 257 tokens."""
-    ranks = {bytes([b]): b for b in range(256)}
-    encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
-    return TiktokenTokenizer(encoding, {})
 
 
 def ranks_tokenizer(path: Path) -> TiktokenTokenizer:
@@ -141,9 +133,9 @@ def ranks_tokenizer(path: Path) -> TiktokenTokenizer:
         lines = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (OSError, ValueError) as error:
-        fail(f"{path} is not a file of tokenizer ranks: {error}")
+        raise UserError(f"{path} is not a file of tokenizer ranks: {error}") from None
     if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
-        fail(f"{path} is not a file of tokenizer ranks: it needs 0, 1, 2 .. once each, and the 256 bytes as tokens")
+        raise UserError(f"{path} is not a file of tokenizer ranks, which has 0, 1, 2 .. once each and all 256 bytes")
     name, special = "ranks-" + hashlib.sha256(content).hexdigest()[:16], {END: len(ranks)}
     encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     return TiktokenTokenizer(encoding, {"tokenizer.tiktoken": content})
@@ -158,19 +150,21 @@ def get_tokenizer(name: str, folder: str | Path | None = None, eot: str | None =
         if folder is not None and name.startswith(prefix):
             tokenizer = get_tokenizer(str(Path(folder) / file))
             if tokenizer.name != name:
-                fail(f"{folder}/{file} is not the tokenizer {name}: name the data that the model was trained on")
+                raise UserError(f"{folder}/{file} is not the tokenizer {name}: name the data of the model's training")
             return tokenizer
     if name.endswith(".json"):
         return JsonTokenizer(Path(name), eot)
     if eot is not None:
-        fail(f"--eot is for a tokenizer.json: {name} has its own end-of-document token")
+        raise UserError(f"--eot is for a tokenizer.json: {name} has its own end-of-document token")
     if name.endswith(".tiktoken"):
         return ranks_tokenizer(Path(name))
     if name == "bytes":
-        return byte_tokenizer()
+        ranks = {bytes([b]): b for b in range(256)}
+        encoding = tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256})
+        return TiktokenTokenizer(encoding, {})
     if name != "gpt2":
-        fail(f"tokenizer {name!r} is unknown: use gpt2, bytes, a FILE.tiktoken or a model's tokenizer.json")
+        raise UserError(f"tokenizer {name!r} is unknown: use gpt2, bytes, a FILE.tiktoken or a model's tokenizer.json")
     try:
         return TiktokenTokenizer(tiktoken.get_encoding("gpt2"), {})
     except (OSError, ValueError):  # no network; another file than GPT-2's came
-        fail("tiktoken could not download GPT-2's tokenizer: connect once, or set TIKTOKEN_CACHE_DIR to a cache of it")
+        raise UserError("tiktoken cannot download GPT-2's files: connect once, or set TIKTOKEN_CACHE_DIR") from None

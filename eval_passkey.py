@@ -32,7 +32,7 @@ from tqdm import tqdm
 import plot
 from baselines import scaled
 from common import UserError, command, find_device, replace_file, say
-from data.files import fail
+from common import UserError as fail_type
 from data.passkey import passkey_document
 from data.read import load
 from data.tokenizer import get_tokenizer
@@ -109,13 +109,13 @@ def validation(data: str, checkpoint: dict, lengths: list[int], at_most: int) ->
     val, meta = load(data, "val")
     if meta["tokenizer"] != checkpoint["tokenizer"]:
         ours, theirs = meta["tokenizer"], checkpoint["tokenizer"]
-        fail(f"{data} has {ours} tokens, the checkpoint was trained on {theirs} tokens: name other --data")
+        raise fail_type(f"{data} has {ours} tokens, the checkpoint was trained on {theirs} tokens: name other --data")
     whole = math.lcm(*lengths)  # the same tokens must fill chunks of every length
     if len(val) <= whole:
-        fail(f"{data}/val.bin has {len(val)} tokens, these lengths take {whole + 1}: use smaller --lengths")
+        raise fail_type(f"{data}/val.bin has {len(val)} tokens, these lengths take {whole + 1}: use smaller --lengths")
     val = val[: max(min(at_most, len(val) - 1) // whole, 1) * whole + 1]
     if val.max() >= checkpoint["config"]["vocab_size"]:
-        fail(f"{data}/val.bin has token {val.max()}, outside the vocabulary of {checkpoint['config']['vocab_size']}")
+        raise fail_type(f"{data}/val.bin has token {val.max()}, outside the vocabulary of {checkpoint['config']['vocab_size']}")
     return val, meta
 
 
@@ -209,7 +209,7 @@ def numbers(flag: str, text: str, at_least: int, kind=int) -> list:
     except ValueError:
         found = []
     if not found or not all(at_least <= x < math.inf for x in found):
-        fail(f"{flag} {text} is not a list of numbers of at least {at_least}, like 1,2")
+        raise fail_type(f"{flag} {text} is not a list of numbers of at least {at_least}, like 1,2")
     return found
 
 
@@ -238,9 +238,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     limits = {"trials": (1, 90_000), "eval_tokens": (1, 2**40), "batch_tokens": (1, 2**40), "seed": (0, 2**63)}
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
-            fail(f"--{name} must be from {low} to {high}")
+            raise fail_type(f"--{name} must be from {low} to {high}")
     if not 0 < args.scale < math.inf:
-        fail("--scale must be above 0 and finite")
+        raise fail_type("--scale must be above 0 and finite")
     args.lengths = args.lengths and sorted(numbers("--lengths", args.lengths, at_least=1))
     args.logn = args.logn and numbers("--logn", args.logn, at_least=0, kind=float)
     args.stem = "eval"
@@ -269,14 +269,14 @@ def main(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except (OSError, ValueError, UserError) as error:
-        fail(str(error))
+        raise fail_type(str(error))
 
     problems = []
     for path, (some, texts, tokenizer) in zip(args.checkpoints, plans):
         try:
             measure(path, some, texts, tokenizer, args, device, autocast)
         except torch.OutOfMemoryError:
-            fail(f"{path} needs more memory than {device} has: use a smaller --batch_tokens or shorter --lengths")
+            raise fail_type(f"{path} needs more memory than {device} has: use a smaller --batch_tokens or shorter --lengths")
         for result in some:
             content = json.dumps({name: value for name, value in result.items() if name != "file"}).encode() + b"\n"
             try:
@@ -293,7 +293,7 @@ def main(argv: list[str]) -> None:
         written.append(f"{out}/{args.stem}.png")
     say(f"\n{text}\n\nwritten: {', '.join(written)}")
     if problems:
-        fail("; ".join(problems))
+        raise fail_type("; ".join(problems))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import prepare
-from data.files import fail
+from common import UserError as fail_type
 from data.tokenizer import GPT2_PATTERN, get_tokenizer
 from eval_passkey import passkey_right, passkey_trials
-from model import GPT, PRESETS, GPTConfig, find_device
+from common import find_device
+from model import GPT, PRESETS, GPTConfig
 from train import PEAK, RECIPES, batch_sequences, take
 
 DEVICE, DTYPE, autocast = find_device()
@@ -270,7 +271,7 @@ def gpu(*presets: str) -> None:
     from llama import llama_of
 
     if not set(presets) <= PRESETS.keys():
-        fail(f"gpu takes some of {', '.join(PRESETS)}")
+        raise fail_type(f"gpu takes some of {', '.join(PRESETS)}")
     cuda, name = DEVICE.type == "cuda", DEVICE.type
     if cuda:
         name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(DEVICE).total_memory
@@ -390,4 +391,4 @@ if __name__ == "__main__":
     elif name in ("data", "gpu"):
         {"data": data, "gpu": gpu}[name](*arguments)
     else:
-        fail(f"name one of {', '.join(tables)}, data, gpu")
+        raise fail_type(f"name one of {', '.join(tables)}, data, gpu")

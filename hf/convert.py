@@ -7,28 +7,24 @@ Our GPT computes what LlamaForCausalLM computes. Both pair dimension m with m + 
 k and v are rows of one matrix here, as are gate and up.
 """
 
-import argparse
 import json
 import math
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from common import say
-from data.files import fail
+from common import Parser, UserError, command, say
 from data.tokenizer import END, GPT2_PATTERN, JsonTokenizer, get_tokenizer
 from model import FOPE_OPTIONS, GPT, GPTConfig, frequencies, load_model, position_seed
 
 try:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-except ImportError as error:
-    fail(f"hf.convert needs the package {error.name}: pip install safetensors tokenizers")
+except ImportError:
+    raise SystemExit("hf.convert needs the package safetensors: pip install safetensors tokenizers") from None
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +69,7 @@ def intern_s1_coefficients(cos_coef: torch.Tensor, sin_coef: torch.Tensor) -> to
 
 
 def read_config(config: dict) -> GPTConfig:
-    """The model that a config.json describes. Raises ValueError that names what our GPT does not have."""
+    """The model that a config.json describes. Raises UserError that names what our GPT does not have."""
     N, heads, width = config["max_position_embeddings"], config["num_attention_heads"], config["hidden_size"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the second is the older spelling
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -94,7 +90,7 @@ def read_config(config: dict) -> GPTConfig:
         f"{kind} with other constants": any(rope.get(name) not in (None, x) for name, x in constants.items()),
     }
     if found := [name for name, is_so in unfit.items() if is_so]:
-        raise ValueError(f"model.py has no form for {' and '.join(found)}")
+        raise UserError(f"model.py has no form for {' and '.join(found)}")
     scaling = {}
     if kind != "default":
         original = rope.get("original_max_position_embeddings") or N
@@ -120,35 +116,51 @@ def read_config(config: dict) -> GPTConfig:
     )
 
 
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"there is no {path}: name the folder of a Hugging Face model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     for name in files:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}. Only safetensors are read: a pickle (.bin) can run code")
-    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+            raise UserError(f"{folder} has no {name}. Only safetensors are read: a pickle (.bin) can run code")
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    except SafetensorError as error:
+        raise UserError(f"the weights in {folder} are damaged: {error}") from error
 
 
 def from_hf(folder: Path, work: Path, out: Path) -> None:
-    """Write to the folder `work` what the folder `out` will hold: ckpt.pt and the tokenizer. Raises ValueError."""
-    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it needs config.json and tokenizer.json")
-    cfg = read_config(json.loads((folder / "config.json").read_text()))
+    """Write to the folder `work` what the folder `out` will hold: ckpt.pt and the tokenizer. Raises UserError."""
+    config = read_json(folder / "config.json")
+    try:
+        cfg = read_config(config)
+    except KeyError as error:
+        raise UserError(f"{folder}/config.json has no {error}") from error
     tokenizer = JsonTokenizer(folder / "tokenizer.json", None)
     weights, names = read_weights(folder), llama_names(cfg)
     expected = {name for theirs in names.values() for name in theirs}
     ignored = {"lm_head.weight"} if cfg.tied else set()  # a tied model may store it too
     unlike = expected ^ (weights.keys() - ignored - {name for name in weights if name.endswith("inv_freq")})
     if unlike:
-        raise ValueError(f"{folder} does not have the weights of its config.json: {', '.join(sorted(unlike)[:3])}")
+        raise UserError(f"{folder} does not have the weights of its config.json: {', '.join(sorted(unlike)[:3])}")
     state = {ours: torch.cat([weights[name].float() for name in theirs]) for ours, theirs in names.items()}
     if cfg.tied:
         state["head.weight"] = state["embedding.weight"]
     model = GPT(cfg)
+    for name, x in model.state_dict().items():
+        if name in state and x.shape != state[name].shape:
+            raise UserError(
+                f"{folder} has weights of another shape than its config.json says: {', '.join(names[name])}"
+            )
     model.load_state_dict(state)
     for name, content in tokenizer.files.items():
         (work / name).write_bytes(content)
@@ -195,28 +207,13 @@ def tokenizer_files(tokenizer) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json for transformers. tiktoken's ranks become a byte-level BPE."""
     files = {name: content for name, content in tokenizer.files.items() if name.endswith(".json")}
     if not files:
-        ranks = tokenizer.encoding._mergeable_ranks
-        # Byte-level BPE writes each byte as a printable character, in the order that GPT-2 chose.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-        spell = {token: "".join(letters[b] for b in token) for token in ranks}
-        merges = []
-        for token in sorted(ranks, key=ranks.get):
-            parts = [token[i : i + 1] for i in range(len(token))]
-            while len(parts) > 2:  # merge as BPE does, up to the last merge, which makes the token
-                at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-                parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            if len(parts) == 2:
-                merges.append((spell[parts[0]], spell[parts[1]]))
-        bpe = Tokenizer(models.BPE(vocab={spell[token]: rank for token, rank in ranks.items()}, merges=merges))
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
         pattern = GPT2_PATTERN.replace("++", "+").replace("$", r"\z")  # there, $ is the end of a line
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-        bpe.decoder = decoders.ByteLevel()
-        bpe.add_special_tokens([AddedToken(END, special=True)])
+        converter = TikTokenConverter(pattern=pattern, extra_special_tokens=[END])
+        converter.load_tiktoken_bpe = lambda file: tokenizer.encoding._mergeable_ranks  # instead of a file's
         files = {
-            "tokenizer.json": bpe.to_str().encode(),
+            "tokenizer.json": converter.converted().to_str().encode(),
             "tokenizer_config.json": json.dumps({"eos_token": END}).encode(),
         }
     config = json.loads(files["tokenizer_config.json"]) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -224,12 +221,12 @@ def tokenizer_files(tokenizer) -> dict[str, bytes]:
 
 
 def to_hf(run: Path, work: Path, dtype: str) -> None:
-    """Write to the folder `work` what AutoModelForCausalLM.from_pretrained loads. Raises ValueError."""
+    """Write to the folder `work` what AutoModelForCausalLM.from_pretrained loads. Raises UserError."""
     model, checkpoint = load_model(run)
     cfg = model.cfg
     if cfg.pos not in ("rope", "fope") or cfg.qk_norm:
         what = "QK-norm" if cfg.qk_norm else cfg.pos
-        raise ValueError(f"a model with {what} has no form in transformers: only rope and fope without QK-norm have")
+        raise UserError(f"a model with {what} cannot be exported: only rope and fope without QK-norm can")
     tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"])
     rope = rope_parameters(model)
     config = {
@@ -268,32 +265,27 @@ def to_hf(run: Path, work: Path, dtype: str) -> None:
         (work / name).write_bytes(content)
 
 
+@command
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="hf.convert", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
+    parser = Parser(__doc__, prog="hf.convert")
     parser.add_argument("direction", choices=("from", "to"))
     parser.add_argument("source", type=Path, help="from: a Hugging Face folder; to: a run folder of train.py")
     parser.add_argument("target", type=Path, help="the folder to write, which must not exist")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to: of the weights")
     args = parser.parse_args(argv)
     if args.target.exists():
-        fail(f"{args.target} exists: name another folder")
-    try:
-        args.target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.target.parent) as temporary:
-            work = Path(temporary) / "folder"  # complete before it gets its name
-            work.mkdir()
-            if args.direction == "from":
-                from_hf(args.source, work, args.target)
-            else:
-                to_hf(args.source, work, args.dtype)
-            work.rename(args.target)
-    except (KeyError, TypeError, AttributeError) as error:
-        fail(f"{args.source}/config.json is damaged: {error!r}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        fail(str(error))
+        raise UserError(f"{args.target} exists: name another folder")
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.target.parent) as temporary:
+        work = Path(temporary) / "folder"  # complete before it gets its name
+        work.mkdir()
+        if args.direction == "from":
+            from_hf(args.source, work, args.target)
+        else:
+            to_hf(args.source, work, args.dtype)
+        work.rename(args.target)
     say(f"written: {args.target}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

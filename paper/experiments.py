@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import plot
-from data.files import fail, replace_file, say
+from common import UserError as fail_type, replace_file, say
 from data.prepare import builtin
 from eval_passkey import numbers
 from train import TrainConfig, configure, on_stop, parse_flags
@@ -202,7 +202,7 @@ def carry_out(workers: list) -> None:
             process.terminate()  # train.py saves
         for process in filter(None, processes):
             process.wait()
-        fail("stopped: the same command resumes")
+        raise fail_type("stopped: the same command resumes")
 
 
 def report(experiment: str, scale: str) -> None:
@@ -221,7 +221,7 @@ def report(experiment: str, scale: str) -> None:
             losses = [result | {"perplexity": np.log(result["perplexity"]).tolist()} for result in found]
             text = plot.table(losses).replace(": perplexity", ": loss")
     except ValueError as error:
-        fail(str(error))
+        raise fail_type(str(error))
     (folder / f"{experiment}.md").write_text(text + "\n")
     drawn = plot.figure(found, folder / f"{experiment}.png", title, **VARIED.get(experiment, {}))
     say(f"\n{text}\n\nwritten: {folder}/{experiment}.md{' and .png' if drawn else ''}")
@@ -241,17 +241,17 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.experiment == "table1":
         if not args.dry_run:
-            fail("table1 needs GPUs and a network: type the commands that --dry_run prints")
+            raise fail_type("table1 needs GPUs and a network: type the commands that --dry_run prints")
         return say("\n".join(table1()))
     seeds, known = numbers("--seeds", args.seeds, 0), runs_of(args.experiment, args.scale)
     runs, miniature = args.runs.split(",") if args.runs else known, args.scale == "tiny"
     trials = (50 if miniature else 1000) if args.trials is None else args.trials
     if unknown := set(runs) - set(known):
-        fail(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
+        raise fail_type(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
     if args.scale in ("180M", "1.2B") and args.experiment in VARIED:
-        fail(f"{args.experiment} varies the 60M model, as the paper does: use --scale=60M or tiny")
+        raise fail_type(f"{args.experiment} varies the 60M model, as the paper does: use --scale=60M or tiny")
     if trials < 1 or (args.jobs is not None and args.jobs < 1):
-        fail("--trials and --jobs must be at least 1")
+        raise fail_type("--trials and --jobs must be at least 1")
 
     jobs = {}  # (START, seed): commands. Runs that continue one START are one job, which trains START once
     for seed in seeds:
@@ -264,13 +264,13 @@ def main(argv: list[str]) -> None:
         return
     if jobs and miniature and args.experiment == "fig5":
         for name in (name for name in ("books", "speeches", "essay") if not (ROOT / "data" / name).exists()):
-            fail(f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}")
+            raise fail_type(f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}")
     try:
         folder = ROOT / "paper/results" / args.scale
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        fail(f"the results cannot be written: {error}")
+        raise fail_type(f"the results cannot be written: {error}")
     if jobs and miniature and not (ROOT / "data/builtin").exists():
         builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it
     environments = [{}]  # at the paper's scale, one worker has all GPUs

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import UserError, find_device, say
-from data.files import fail
+from common import UserError as fail_type
 from data.read import load
 from data.tokenizer import get_tokenizer
 from eval_passkey import passkey_trials
@@ -147,12 +147,12 @@ def main(argv: list[str]) -> None:
     try:
         device, _, _ = find_device(args.device)
     except UserError as error:
-        fail(str(error))
+        raise fail_type(str(error))
     for run in args.runs:
         try:
             model, checkpoint = load_model(run)
         except UserError as error:
-            fail(str(error))
+            raise fail_type(str(error))
         model.to(device)
         cfg = model.cfg
         facts = {"pos": cfg.pos, "step": checkpoint["step"], "seed": cfg.seed, "train_len": cfg.train_len}

@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import make_run
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import train
 from data import prepare, tokenizer
 from fope import FoPE, rope_frequencies
 from hf import convert
-from model import GPT, GPTConfig, load_checkpoint, load_model
+from model import GPT, GPTConfig, load_model
 from paper import experiments
 
 transformers = pytest.importorskip("transformers")
@@ -34,18 +36,8 @@ def text(rows, length):
     return torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def our_run(folder, **options):
-    """A run folder with a random model."""
-    cfg = GPTConfig(**SMALL | options)
-    model = GPT(cfg).eval()
-    folder.mkdir()
-    facts = {"step": 1, "tokenizer": "bytes", "data": None, "config": asdict(cfg) | {"data": ""}}
-    torch.save(facts | {"model": model.state_dict()}, folder / "ckpt.pt")
-    return model
-
-
 def exported(tmp_path, *flags, **options):
-    model = our_run(tmp_path / "run", **options)
+    model = make_run(tmp_path / "run", **SMALL | options)
     convert.main(["to", str(tmp_path / "run"), str(tmp_path / "hf"), *flags])
     return model, tmp_path / "hf"
 
@@ -62,15 +54,6 @@ def llama(folder, shards="5GB", **options):
     for name, content in convert.tokenizer_files(tokenizer.get_tokenizer("bytes")).items():
         (folder / name).write_bytes(content)
     return model
-
-
-def refused(capsys, argv):
-    capsys.readouterr()  # transformers shows a progress bar
-    with pytest.raises(SystemExit) as end:
-        convert.main([str(x) for x in argv])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
-    return line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,8 +121,7 @@ def test_an_imported_llama_is_trained_as_fope_and_exported(tmp_path):
         argv = f"--init_from={tmp_path}/run --pos=fope --data={tmp_path}/data --out={tmp_path}/{recompute}".split()
         argv += f"--batch_tokens=256 --steps=3 --warmup=0 --recompute={recompute} --eval_trials=0".split()
         argv += "--compile=off --device=cpu".split()
-        source = load_checkpoint(tmp_path / "run")
-        assert train.train(train.configure(train.parse_flags(argv), None, source), None, source)
+        assert train.train(train.parse_flags(argv))[1]
         logs[recompute] = (tmp_path / recompute / "log.jsonl").read_text().splitlines()
     losses = [[json.loads(line).get("loss") for line in lines] for lines in logs.values()]
     assert losses[0] == losses[1]
@@ -230,8 +212,10 @@ def test_coefficients_stay_in_float32_and_the_floor_at_n(tmp_path):
         torch.testing.assert_close(position.omega, block.attention.position.omega, rtol=0, atol=0)
 
 
+HOSTILE = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\r\u3000\x85\x1c'stoken")))
+
+
 def test_an_exported_tokenizer_has_our_tokens(tmp_path):
-    words = "it's a naïve café, 123  tokens\n\n \U0001f600 \n\n\tx" * 3
     ranks = {bytes([b]): b for b in range(256)}
     for pair in (b"to", b"ke", b"toke", b"ns", b"tokens", b" tokens", b"af", b"caf", b"\n\n"):
         ranks[pair] = len(ranks)
@@ -243,8 +227,16 @@ def test_an_exported_tokenizer_has_our_tokens(tmp_path):
         for name, content in convert.tokenizer_files(ours).items():
             (folder / name).write_bytes(content)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        assert theirs(words)["input_ids"] == ours.encode_ordinary(words)
-        assert theirs.decode(theirs(words)["input_ids"]) == words and theirs.eos_token_id == ours.eot
+        assert theirs.eos_token_id == ours.eot
+
+        @given(HOSTILE)
+        @example("it's a naïve café, 123  tokens\n\n \U0001f600 \n\n\tx \n")
+        @settings(max_examples=500, deadline=None)
+        def has_our_tokens(text):
+            assert theirs(text)["input_ids"] == ours.encode_ordinary(text)  # noqa: B023
+            assert theirs.decode(theirs(text)["input_ids"]) == text  # noqa: B023
+
+        has_our_tokens()
 
 
 def test_table_1_runs_on_a_small_llama(tmp_path):
@@ -349,7 +341,7 @@ def rename(old, new):
 
 
 BAD = {  # what happens to the folder, what the line must contain
-    "no model folder": (shutil.rmtree, "is not a model folder"),
+    "no model folder": (shutil.rmtree, "there is no"),
     "another architecture": (edit(architectures=["GPT2LMHeadModel"]), "no form for GPT2LMHeadModel"),
     "biases": (edit(attention_bias=True), "biases"),
     "a sliding window": (edit(sliding_window=32), "a sliding window of 32"),
@@ -358,9 +350,9 @@ BAD = {  # what happens to the folder, what the line must contain
     "head_dim": (edit(head_dim=32), "head_dim 32"),
     "unknown rope_type": (edit(rope_parameters={"rope_type": "longrope"}), "rope_type longrope"),
     "other constants": (edit(rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}), "llama3 with other constants"),
-    "wrong shape": (edit(intermediate_size=64), "mismatch"),
+    "wrong shape": (edit(intermediate_size=64), "weights of another shape"),
     "fewer layers": (edit(num_hidden_layers=1), "does not have the weights of its config.json: model.layers.1"),
-    "damaged config": (lambda folder: (folder / "config.json").write_text("{}"), "config.json is damaged"),
+    "damaged config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
     "a pickle": (rename("model.safetensors", "pytorch_model.bin"), "a pickle (.bin) can run code"),
     "a gguf": (rename("model.safetensors", "model.gguf"), "Only safetensors are read"),
     "half a file": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100), "header"),
@@ -375,29 +367,29 @@ def good(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_folder_gets_one_line_and_leaves_nothing(good, tmp_path, capsys, name):
+def test_a_bad_folder_gets_one_line_and_leaves_nothing(good, tmp_path, refused, name):
     shutil.copytree(good, tmp_path / "llama")
     damage, expected = BAD[name]
     damage(tmp_path / "llama")
-    assert expected in refused(capsys, ["from", tmp_path / "llama", tmp_path / "runs" / "x"])
+    assert expected in refused(convert.main, "from", tmp_path / "llama", tmp_path / "runs" / "x")
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_a_missing_shard_is_named(good, tmp_path, capsys):
+def test_a_missing_shard_is_named(good, tmp_path, refused):
     load(good).save_pretrained(tmp_path / "llama", max_shard_size="50KB")
     shutil.copy(good / "tokenizer.json", tmp_path / "llama")
     shutil.copy(good / "tokenizer_config.json", tmp_path / "llama")
     lost = sorted((tmp_path / "llama").glob("*.safetensors"))[1]
     lost.unlink()
-    assert f"has no {lost.name}" in refused(capsys, ["from", tmp_path / "llama", tmp_path / "run"])
+    assert f"has no {lost.name}" in refused(convert.main, "from", tmp_path / "llama", tmp_path / "run")
 
 
 @pytest.mark.parametrize("options", [dict(pos="kerple"), dict(pos="alibi"), dict(qk_norm=True)])
-def test_what_transformers_lacks_is_named(tmp_path, capsys, options):
-    our_run(tmp_path / "run", **options)
-    line = refused(capsys, ["to", tmp_path / "run", tmp_path / "hf"])
+def test_what_transformers_lacks_is_named(tmp_path, refused, options):
+    make_run(tmp_path / "run", **SMALL | options)
+    line = refused(convert.main, "to", tmp_path / "run", tmp_path / "hf")
     assert (options.get("pos") or "QK-norm") in line and not (tmp_path / "hf").exists()
 
 
-def test_a_target_that_exists_is_refused(good, capsys):
-    assert "exists" in refused(capsys, ["from", good, good])
+def test_a_target_that_exists_is_refused(good, refused):
+    assert "exists" in refused(convert.main, "from", good, good)

@@ -3,15 +3,17 @@
 Read this file from top to bottom: each equation comes before the code that computes it.
 To use it in your own model, copy the file and apply one module per layer to the queries and keys:
 
-    position = FoPE(n_head=32, n_kv_head=8, head_dim=128, train_len=4096, sigma=0.3, seed=layer)
+    position = FoPE(n_head=32, n_kv_head=8, head_dim=128, train_len=4096, sigma=0.3, seed=layer)  # layer: 0, 1, ..
     q, k = position(q, k)                       # q (B, n_head, T, head_dim), k (B, n_kv_head, T, head_dim)
-    q, k = position(q, k, positions=past)       # the T tokens that follow a cache of `past` tokens; then cache k
+    q, k = position(q, k, positions=past)       # the T tokens after `past` cached ones; put the returned k in the cache
     q, k = position(q, k, positions=positions)  # any positions: integer tensor (T,) or (B, T)
 
-With left padding, positions is (mask.cumsum(-1) - 1).clamp(min=0), where mask (B, T) is 1 for real tokens.
+With left padding, positions is (mask.cumsum(-1) - 1).clamp(min=0)[:, -T:], where mask is 1 for real tokens. Train the
+model with the module in place, or fine-tune it: a model that was trained with RoPE has learned what FoPE changes.
 
-Notation: d is head_dim, N the training length in tokens, s and t the positions of a query and a key, n = s - t their
-distance. "Eq. 13" is that of the FoPE paper (Hua et al., ICML 2025, arXiv 2412.17739). "The release" is its code.
+Notation: B sequences of T tokens, head_dim d, N the training length in tokens, t a position. For a pair of tokens, s is
+the position of the query and t that of the key, and n = s - t is their distance. "Eq. 13" is that of the FoPE paper
+(Hua et al., ICML 2025, arXiv 2412.17739). "The release" is its code (github.com/TsinghuaC3I).
 """
 
 import math
@@ -23,8 +25,9 @@ from torch import nn
 # ----------------------------------------------------------------------------------------------------------------------
 # RoPE (Su et al., arXiv 2104.09864)
 #
-# Attention compares a query with a key through their dot product, the logit. By itself, it does not depend on how far
-# apart the two tokens are. RoPE groups the d dimensions into pairs. Pair m gets a frequency, from 1 to about 1/theta:
+# Attention compares a query with a key through their dot product, the logit. The dot product alone does not depend on
+# how far apart the two tokens are. RoPE groups the d dimensions into pairs. Pair m gets a frequency, from 1 down to
+# about 1/theta, where the base theta is usually 10 000:
 #
 #     w_m = theta^(-2m/d),   m = 0 .. d/2-1                                                                     (1)
 
@@ -44,23 +47,25 @@ def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Equation (2) for x (..., T, d), with cos and sin (..., T, M). Computes in the dtype of cos, returns that of x.
+    """Equation (2) for x (..., T, d), with cos and sin (..., T, P). Computes in the dtype of cos, returns that of x.
 
-    Pair m consists of dimensions m and m + d/2, as in Hugging Face's Llama and in the release. Pairs from M on are
-    returned unchanged. Meta's Llama and rotary-embedding-torch pair dimensions 2m and 2m + 1 instead. To move such
-    weights here, reorder the rows of W_q and W_k: w.view(heads, d // 2, 2, -1).transpose(1, 2).reshape(w.shape).
+    Pair m consists of dimensions m and m + d/2, as in Hugging Face's Llama and in the release. Pairs from P on are
+    returned unchanged. Meta's Llama and rotary-embedding-torch pair dimensions 2m and 2m + 1 instead. To use weights of
+    such a model, reorder the rows of W_q (H = n_head) and W_k (H = n_kv_head):
+    W.view(H, d // 2, 2, -1).transpose(1, 2).reshape(W.shape).
     """
-    M = cos.shape[-1]
+    P = cos.shape[-1]
     first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (..., T, d/2) each
-    a, b = first[..., :M], second[..., :M]
-    return torch.cat([a * cos - b * sin, first[..., M:], b * cos + a * sin, second[..., M:]], dim=-1).to(x.dtype)
+    a, b = first[..., :P], second[..., :P]
+    return torch.cat([a * cos - b * sin, first[..., P:], b * cos + a * sin, second[..., P:]], dim=-1).to(x.dtype)
 
 
 def angles(omega: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The angles w t for omega (M,) and positions (..., T), up to whole cycles: (..., T, M) in float32 or float64.
+    """The angles w t of frequencies omega (P,) at positions (..., T): shape (..., T, P), in float32 or float64.
 
-    A float32 product w t is off by up to 5e-4 radians at position 8191, and accelerators lack fast float64. So 2^40
-    steps make a cycle, as in a synthesizer: an integer product modulo 2^40 is exact at any position.
+    A product w t in float32 would be off by up to 5e-4 radians at position 8191, and float64, which only float64 inputs
+    get, is slow or missing on accelerators. So a cycle is divided into 2^40 steps. The product of whole steps per token
+    and positions, modulo 2^40, has no rounding error. The result is within 5e-7, and within 4e-6 at position 1 000 000.
     """
     if dtype == torch.float64:
         return positions[..., None].double() * omega.to(positions.device)
@@ -73,14 +78,14 @@ def angles(omega: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> 
 def token_positions(x: torch.Tensor, positions) -> torch.Tensor:
     """The positions of the T tokens of x (B, heads, T, d), from an offset (None is 0) or a tensor (T,) or (B, T)."""
     if not isinstance(positions, torch.Tensor):
-        return torch.arange(x.shape[-2], device=x.device) + (positions or 0)
+        return torch.arange(positions or 0, (positions or 0) + x.shape[-2], device=x.device)
     if positions.shape[-1:] != x.shape[-2:-1]:
         raise ValueError(f"positions has shape {tuple(positions.shape)}: it must be (T,) or (B, T)")
     return positions
 
 
 class PositionEmbedding(nn.Module):
-    """What RoPE, FoPE and ALiBi share: .to(device) moves the tensors named in `exact`, and no cast rounds them."""
+    """What RoPE, FoPE and ALiBi share: .to(device) moves the tensors named in `exact`, .half() does not round them."""
 
     exact = ()
 
@@ -92,9 +97,10 @@ class PositionEmbedding(nn.Module):
         return self
 
 
-# Write q_m and k_m for pair m of the query and of the key, as complex numbers. Rotating the query at position s and the
-# key at position t multiplies q_m conj(k_m) by exp(i w_m s) conj(exp(i w_m t)) = exp(i w_m (s - t)). So only the
-# distance n = s - t remains. The logit is a sum of sinusoids, an inverse Fourier transform with uneven frequencies:
+# Before rotation, let the complex numbers q_m and k_m be pair m of the query and of the key. Rotating the query at
+# position s and the key at position t multiplies q_m conj(k_m) by exp(i w_m s) conj(exp(i w_m t)) = exp(i w_m (s - t)).
+# So only the distance n = s - t remains. The logit is a sum of sinusoids, an inverse Fourier transform whose
+# frequencies are unevenly spaced:
 #
 #     h(n) = Re sum_m H_m exp(i w_m n),   H_m = q_m conj(k_m)                                                       (3)
 
@@ -107,15 +113,15 @@ class RoPE(PositionEmbedding):
     def __init__(self, *, head_dim: int, theta: float = 10_000.0, omega: torch.Tensor | None = None):
         super().__init__()
         self.head_dim, self.n_kv_head = head_dim, None  # None: any number of heads
-        self.omega = rope_frequencies(head_dim, theta) if omega is None else omega.double().cpu()  # not a buffer: exact
+        self.omega = rope_frequencies(head_dim, theta) if omega is None else omega.double().cpu()
         if self.omega.shape != (head_dim // 2,):
             raise ValueError(f"omega has {len(self.omega)} values: head_dim {head_dim} needs {head_dim // 2}")
 
-    def cos_sin(self, positions: torch.Tensor, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cos and sin of (2) at positions (T,) or (B, T), shape (1, T, M) or (B, 1, T, M) each."""
+    def cos_sin(self, positions: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
+        """cos and sin of (2) at positions (T,) or (B, T): one tensor of shape (2, 1, T, d/2) or (2, B, 1, T, d/2)."""
         angle = angles(self.omega, positions, dtype).unsqueeze(-3)
-        # One tensor for both: otherwise, the compiler computes cos and sin again for every head and sequence.
-        return torch.stack([angle.cos(), angle.sin()]).unbind()
+        # As one tensor, since torch.compile would compute two again for every head and sequence.
+        return torch.stack([angle.cos(), angle.sin()])
 
     def forward(self, q, k, positions=None):
         """Returns q (B, n_head, T, d) and k (B, n_kv_head, T, d), rotated. positions: see the top of this file."""
@@ -131,7 +137,7 @@ class RoPE(PositionEmbedding):
 # FoPE (Hua et al., arXiv 2412.17739)
 #
 # Each sinusoid in (3) repeats forever, so one might expect RoPE to extrapolate to any length. Still, RoPE models break
-# soon after the training length N, because of two problems:
+# soon after the training length N. The paper blames two problems:
 #
 #   1. Truncation: training shows only a part of a cycle of the lowest frequencies. A pair completes a cycle within N
 #      tokens only if its frequency is at least the floor
@@ -140,32 +146,35 @@ class RoPE(PositionEmbedding):
 #
 #      With N = 512 and d = 64, half of the pairs lie below the floor. Pair 8 (w = 0.1) completes 8 cycles in training.
 #      Pair 24 (w = 0.001) rotates by only half a radian. Beyond N it reaches angles that the model has never seen.
-#   2. Spectral leakage and distortion: RoPE treats pair m of every layer as if it held the single frequency w_m, and
-#      from the second layer on it does not. Values are not rotated, but attention averages them with weights that
-#      depend on h(n). So what a layer passes on varies with position, at all the frequencies in h(n). The matrices of
-#      the next layer mix them (leakage), and its activation functions create their sums and differences (distortion).
+#   2. Spectral leakage and distortion: RoPE assumes that, apart from its own rotation, pair m does not vary
+#      periodically with position. This fails from the second layer on. Values are not rotated, but as s grows, the
+#      attention weight of a token at t rises and falls with h(s - t). So the average of the values varies with
+#      position, at the frequencies in h. The matrices that follow mix dimensions of different frequencies (leakage),
+#      and the activation functions create sums and differences of these frequencies (distortion).
 #
-# FoPE multiplies each pair of q and k by f(w_m, t) instead of exp(i w_m t). Clipping addresses the first problem. A
-# Fourier series addresses the second. Let M be the number of kept pairs, those with w_m at or above the floor:
+# FoPE multiplies each pair of q and k by f(w_m, t) instead of exp(i w_m t). Clipping addresses the first problem, and a
+# Fourier series the second. Let M be the number of kept pairs, those with w_m at or above the floor:
 #
 #     f(w_m, t) = 1                                   if w_m < w_floor: the pair is clipped to frequency zero
 #     f(w_m, t) = cos w_m t + sum_w a_w cos w t                                                                (Eq. 13)
 #            + i (sin w_m t + sum_w b_w sin w t)      otherwise: the pair is kept, and gets a series
 #
-# The sums run over D >= M frequencies w: the M kept ones and, if D > M, others between the floor and pi. Each kept pair
-# of each key head has its own a_w and b_w, drawn once from a normal distribution and never trained.
+# The sums run over D frequencies w: the M kept ones, w_m included, and, if D > M, others between the floor and pi. Each
+# kept pair of each key head and layer has its own a_w and b_w, drawn once from a normal distribution and never trained.
 #
-# Why this helps: a clipped pair contributes the same at every distance. A kept pair has gone through all its angles
+# Why this helps: a clipped pair contributes the same at every distance. A kept pair has gone once around the circle
 # within N tokens. So without the series, no single pair meets an unseen angle beyond N. (Clipping alone is known as
 # p-RoPE, whose share p of kept pairs is chosen by hand: Barbero et al., arXiv 2410.06205.) With the series, every kept
-# pair carries all D frequencies from the first layer on, so training never shows a pair that holds one frequency alone.
+# pair holds all D frequencies from the first layer on. So the model learns to work with mixed frequencies, and those
+# that the layers below bring should disturb it less. Random coefficients suffice, because W_q and W_k adapt to them.
 
 
 class FoPE(RoPE):
-    """Multiplies q and k by the factor of Eq. 13: a rotation like RoPE's, with other cos and sin.
+    """Multiplies q and k by the factor of Eq. 13: RoPE's code with other cos and sin, which also scale the pair.
 
-    The logit is not exactly a function of the distance s - t: the series adds products such as cos w s cos v t with
-    w != v, which grow in proportion to a small sigma. The paper does not mention this.
+    The logit is not exactly a function of the distance s - t. The series adds terms that depend on s + t, or on s and t
+    at two different frequencies. For small sigma they are proportional to sigma. The paper does not mention this.
+    omega holds the D frequencies of the series. coef is saved with the weights.
     """
 
     exact = ("omega", "coef")
@@ -207,10 +216,11 @@ class FoPE(RoPE):
         share = (torch.arange(D - M, dtype=torch.float64, device="cpu") + 0.5) / max(D - M, 1)
         self.omega = torch.cat([kept, floor * (math.pi / floor) ** share])  # (D,)
 
-        # "normal" follows the paper's text: N(0, sigma). "xavier" follows the release: xavier_normal_(gain=sigma) on a
-        # tensor (n_kv, D, M), whose fans are D M and n_kv M. With n_kv = 8 and D = M = 16, the result is sigma / 14.
+        # "normal" follows the paper's text: sigma is the standard deviation. "xavier" follows the release:
+        # xavier_normal_(gain=sigma) on a tensor (n_kv, D, M), whose fan_in is D M and fan_out n_kv M. With n_kv = 8 and
+        # D = M = 16, the standard deviation is sigma / 14.
         std = sigma if coef_init == "normal" else sigma * math.sqrt(2 / (D * M + n_kv * M))
-        generator = torch.Generator().manual_seed(seed)  # of its own: all other weights start as they do with RoPE
+        generator = torch.Generator().manual_seed(seed)  # its own, so that other weights start as with RoPE
         coef = torch.randn(2, n_kv, D, M, generator=generator, dtype=torch.float32, device="cpu") * std
         self.register_buffer("coef", coef if fourier_series else None)  # a_w = coef[0], b_w = coef[1]
         self.n_kv_head = n_kv if fourier_series else None  # None: any number of heads
@@ -220,35 +230,32 @@ class FoPE(RoPE):
         self.n_ones = 0 if zero_phase else head_dim // 2 - M
 
     def cos_sin(self, positions, dtype=torch.float32):
-        """Real and imaginary parts of Eq. 13 at positions (T,) or (B, T): (n_kv_head, T, M) or (B, n_kv_head, T, M).
+        """Real and imaginary part of Eq. 13, (2, n_kv_head, T, M) or (2, B, n_kv_head, T, M); positions as in RoPE.
 
-        Without a series, n_kv_head is 1. With zero_phase=False, the clipped pairs follow the M kept ones.
+        Without a series, n_kv_head is 1. With zero_phase=False, the clipped pairs follow, so that M is d/2.
         """
-        cos, sin = super().cos_sin(positions, dtype)  # (1, T, D) or (B, 1, T, D): one column per frequency
+        both = super().cos_sin(positions, dtype)  # (2, 1, T, D) or (2, B, 1, T, D): one column per frequency
         if self.coef is not None:
-            a, b = self.coef.to(cos.device, dtype)  # (n_kv_head, D, M) each
-            M = a.shape[-1]
-            with torch.autocast(cos.device.type, enabled=False):  # bfloat16 sums would be off by up to 1e-2
-                cos, sin = cos[..., :M] + cos @ a, sin[..., :M] + sin @ b
-        if self.n_ones:
-            cos, sin = F.pad(cos, (0, self.n_ones), value=1.0), F.pad(sin, (0, self.n_ones), value=1.0)
-        return cos, sin
+            coef = self.coef.to(both.device, dtype)  # (2, n_kv_head, D, M)
+            coef = coef if positions.dim() == 1 else coef.unsqueeze(1)
+            with torch.autocast(both.device.type, enabled=False):  # bfloat16 sums would be off by up to 1e-2
+                both = both[..., : coef.shape[-1]] + both @ coef
+        return F.pad(both, (0, self.n_ones), value=1.0) if self.n_ones else both
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # ALiBi (Press et al., arXiv 2108.12409) does not rotate. It lowers each logit in proportion to the distance:
 #
-#     logit - slope_h (s - t),   slope_h = 2^(-8h/n_head),   h = 1 .. n_head, a power of two
+#     logit - slope_h (s - t),   slope_h = 2^(-8h/n_head) in head h = 1 .. n_head, if n_head is a power of two
 
 
 class ALiBi(PositionEmbedding):
-    """Appends eight channels to q and k whose product is the bias, so that attention needs no T x T mask.
+    """Appends eight channels to q and k whose dot product is slope * t, so that attention needs no T x T mask.
 
-    softmax over t ignores the term slope * s, which is the same for all keys. The rest, slope * t, is the product of a
-    channel of q that holds slope and a channel of k that holds t. bfloat16 represents every integer exactly only up to
-    256. So three channels hold t in base 128, two of them times 128. t is exact below 2^21. slope is split into a
-    rounded value and its remainder, which gives it 16 bits. Two channels of zeros follow, because fused kernels require
-    a multiple of eight.
+    The term slope * s is the same for all keys, and softmax ignores it. bfloat16 represents every integer exactly only
+    up to 256. So three channels of k hold the digits of t in base 128, which is exact below 2^21. slope is split into a
+    rounded value and its remainder, which gives it 16 bits in bfloat16. Each of the two meets each of the three digits.
+    Two channels of zeros follow, because fused kernels require a multiple of eight.
 
     Call attention with scale=head_dim ** -0.5, pad v by eight channels too, and drop them from the result.
     """
@@ -257,7 +264,7 @@ class ALiBi(PositionEmbedding):
 
     def __init__(self, *, n_head: int, head_dim: int):
         super().__init__()
-        p = 2 ** int(math.log2(n_head))  # if n_head is not a power of two, the authors' code adds slopes of 2p heads
+        p = 2 ** int(math.log2(n_head))  # else, the authors' code appends every second slope of 2p heads
         slopes = [2 ** (-8 * h / p) for h in range(1, p + 1)] + [2 ** (-4 * h / p) for h in range(1, 2 * p, 2)]
         slopes = torch.tensor(slopes[:n_head], dtype=torch.float32, device="cpu")
         self.slopes = slopes * head_dim**0.5  # attention multiplies by head_dim ** -0.5
@@ -288,13 +295,16 @@ class NoPE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log-n scaling is not a position embedding. Longer text gives softmax more keys to spread over. A larger q keeps it
-# focused beyond N:
+# Log-n scaling is not a position embedding. Longer text gives softmax more keys to spread over, so a query that sees
+# more than N keys is multiplied by
 #
-#     q * max(1, log(keys) / log N)^p,   keys = the number of keys that the query sees, its position + 1
+#     (log(keys) / log N)^p,   keys = its position + 1
+#
+# The paper does not use it. It works at test time alone. p = 1 is Chiang & Cholak's (arXiv 2202.12172); for the models
+# that we trained, README.md uses p = 2.
 
 
 def log_n(q: torch.Tensor, positions, train_len: int, p: float) -> torch.Tensor:
-    """Returns q (B, n_head, T, d), scaled. positions as in RoPE.forward. Call it before the position embedding."""
+    """Returns q (B, n_head, T, d), scaled, for the position embedding. positions as in RoPE.forward."""
     keys = (token_positions(q, positions) + 1).float()[..., None, :, None]  # (1, T, 1) or (B, 1, T, 1)
     return (q * (keys.log() / math.log(max(train_len, 2))).clamp(min=1) ** p).to(q.dtype)

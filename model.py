@@ -143,7 +143,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(cfg.n_head * cfg.d, cfg.n_embd, bias=False)
         self.position = position_embedding(cfg, layer)
 
-    def forward(self, x, positions=0, logn=0.0, pads=None, cache=None):
+    def forward(self, x, positions=None, logn=0.0, pads=None, cache=None):
         (B, T, _), cfg, d = x.shape, self.cfg, self.cfg.d
         heads = self.qkv(x).view(B, T, -1, d).transpose(1, 2)  # (B, H + 2 K, T, d)
         q, k, v = heads.split([cfg.n_head, cfg.kv_heads, cfg.kv_heads], dim=1)
@@ -207,7 +207,7 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, positions=0, logn=0.0, pads=None, cache=None):
+    def forward(self, x, positions=None, logn=0.0, pads=None, cache=None):
         x = x + self.attention(self.norm1(x), positions, logn, pads, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -256,9 +256,9 @@ class GPT(nn.Module):
         pads: (B,) int64, how many tokens at the start of each row are left padding. Attention does not see them.
         """
         T, past = tokens.shape[1], cache[0][0].shape[-2] if cache and cache[0] else 0
-        positions = past
+        positions = torch.arange(past, past + T, device=tokens.device)
         if pads is not None:
-            positions = (torch.arange(past, past + T, device=tokens.device) - pads[:, None]).clamp(min=0)  # (B, T)
+            positions = (positions - pads[:, None]).clamp(min=0)  # (B, T)
         x = self.embedding(tokens)  # (B, T, C)
         for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             if self.recompute and torch.is_grad_enabled() and cache is None:

@@ -11,6 +11,8 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
+if sys.version_info < (3, 11):
+    raise SystemExit(f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed")
 try:
     import fcntl
 except ImportError:  # Windows has no flock

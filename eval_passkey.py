@@ -115,7 +115,9 @@ def validation(data: str, checkpoint: dict, lengths: list[int], at_most: int) ->
         raise fail_type(f"{data}/val.bin has {len(val)} tokens, these lengths take {whole + 1}: use smaller --lengths")
     val = val[: max(min(at_most, len(val) - 1) // whole, 1) * whole + 1]
     if val.max() >= checkpoint["config"]["vocab_size"]:
-        raise fail_type(f"{data}/val.bin has token {val.max()}, outside the vocabulary of {checkpoint['config']['vocab_size']}")
+        raise fail_type(
+            f"{data}/val.bin has token {val.max()}, outside the vocabulary of {checkpoint['config']['vocab_size']}"
+        )
     return val, meta
 
 
@@ -276,7 +278,9 @@ def main(argv: list[str]) -> None:
         try:
             measure(path, some, texts, tokenizer, args, device, autocast)
         except torch.OutOfMemoryError:
-            raise fail_type(f"{path} needs more memory than {device} has: use a smaller --batch_tokens or shorter --lengths")
+            raise fail_type(
+                f"{path} needs more memory than {device} has: use a smaller --batch_tokens or shorter --lengths"
+            )
         for result in some:
             content = json.dumps({name: value for name, value in result.items() if name != "file"}).encode() + b"\n"
             try:

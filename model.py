@@ -317,7 +317,7 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """What train.py saved in a file, or in a folder as ckpt.pt: step, config, tokenizer, model, optimizer.
+    """What train.py saved in a file, or in a folder as ckpt.pt: step, config, tokenizer, model, optimizer; and folder.
 
     The tensors are mapped from the file, so they take no memory until they are used. Raises UserError.
     """
@@ -331,7 +331,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): train it again") from error
     if not isinstance(checkpoint, dict) or not {"step", "config", "tokenizer", "model"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of train.py")
-    return checkpoint
+    return checkpoint | {"folder": str(path.parent)}
 
 
 def load_model(path: str | Path) -> tuple[GPT, dict]:

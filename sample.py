@@ -27,8 +27,8 @@ def main(argv: list[str]) -> None:
     model.logn = model.logn if args.logn is None else args.logn
     at_least(model, 0, "logn")
     device, _, autocast = find_device(args.device)
-    tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"])
-    prompt = tokenizer.encode_ordinary(args.prompt)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], checkpoint["config"]["data"])
+    prompt = tokenizer.bos + tokenizer.encode_ordinary(args.prompt)
     if not prompt:
         raise UserError("the prompt needs at least one character")
     with autocast():

@@ -46,6 +46,7 @@ from common import (
 )
 from data import prepare
 from data.read import load
+from data.tokenizer import copy_tokenizer
 from model import GPT, PRESETS, GPTConfig, load_checkpoint
 from muon import Muon
 
@@ -406,6 +407,7 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
         changed = {k: v for k, v in flags.items() if k not in ("resume", "out") and checkpoint["config"].get(k, v) != v}
         if checkpoint["data"] != data["data"]:
             changed["data"] = cfg.data
+    origins = [cfg.data, *([source["folder"]] if source else [])]
     del checkpoint, source  # their tensors were mapped from the files
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
@@ -418,6 +420,8 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
         f"sequences\nto {out}" + (f", from step {start}" if start else "")
     )
     log = Log(cfg) if machine.rank == 0 else None
+    for folder in origins if log else ():
+        copy_tokenizer(folder, out)  # so that the run can be moved and exported
     if log and cfg.resume:
         log.write(resumed=start, changed=changed)
     if changed:

@@ -39,7 +39,7 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
     they begin where the question alone has other tokens. If a tokenizer merges the end of the question with the
     answer, the merged token belongs to the answer. Raises UserError if `length` is too short for the fixed strings.
     """
-    head = tokenizer.encode_ordinary(TASK + "\n")
+    head = tokenizer.bos + tokenizer.encode_ordinary(TASK + "\n")
     info = encode_inside(tokenizer, "\n" + INFORMATION.format(k=key) + "\n")
     question = encode_inside(tokenizer, "\n" + QUESTION)
     tail = encode_inside(tokenizer, "\n" + QUESTION + ANSWER.format(k=key))

@@ -120,7 +120,7 @@ def take_batch(pieces) -> list:
     batch, size = [], 0
     while size < BATCH and (piece := next(pieces, None)):
         batch.append(piece)
-        size += len(piece[2]) + 64  # a piece takes memory, however short its text is
+        size += len(piece[-1]) + 64  # a piece takes memory, however short its text is
     return batch
 
 
@@ -131,20 +131,19 @@ def append(done: Path, path: str, split: str | None, tokenizer, column: str, lim
     one before it is tokenized.
     """
     dtype, records = token_type(tokenizer), Counter()
-    end = np.array([tokenizer.eot], dtype).tobytes()
+    begin, end = (np.array(tokens, dtype).tobytes() for tokens in (tokenizer.bos, [tokenizer.eot]))
     pieces = (
-        (split or ("val" if held_out(sha256, VAL_SHARE) else "train"), last, piece)
+        (split or ("val" if held_out(sha256, VAL_SHARE) else "train"), i == 0, last, piece)
         for sha256, blocks in documents(path, column, records)
-        for piece, last in tokenizer.pieces(blocks)
+        for i, (piece, last) in enumerate(tokenizer.pieces(blocks))
     )
     with open(done / "train.bin", "ab") as train, open(done / "val.bin", "ab") as val, ThreadPoolExecutor(1) as thread:
         files, batch = {"train": train, "val": val}, take_batch(pieces)
         while batch and (limit is None or counts["train"] < limit):
             upcoming = thread.submit(take_batch, pieces)
-            for (goes_to, last, _), tokens in zip(batch, tokenizer.encode_batch([piece for _, _, piece in batch])):
-                files[goes_to].write(np.array(tokens, dtype))
-                files[goes_to].write(end * last)
-                counts[goes_to] += len(tokens) + last
+            for (goes_to, first, last, _), tokens in zip(batch, tokenizer.encode_batch([piece for *_, piece in batch])):
+                files[goes_to].write(begin * first + np.array(tokens, dtype).tobytes() + end * last)
+                counts[goes_to] += first * len(tokenizer.bos) + len(tokens) + last
             bar.update(counts["train"] - bar.n)
             batch = upcoming.result()
         if limit and counts["train"] > limit:

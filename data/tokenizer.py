@@ -1,7 +1,7 @@
 """Tokenizers with one interface, whichever library they come from.
 
 - name: what meta.json keeps; get_tokenizer(name, folder) finds the tokenizer again
-- n_vocab, eot: the number of tokens, and the token that ends a document
+- n_vocab, eot, bos: the number of tokens, the token that ends a document, and the list of those that begin one
 - encode_ordinary(text): the tokens of any text
 - pieces(blocks), encode_batch(pieces): the same for text of any size, piece by piece, on all cores
 - decode(ids): the text
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,9 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s in that pattern; Python's \s has more
 CUT = re.compile(f"[{WHITE}](?=[^{WHITE}])")
 PIECE = 2**18  # characters
+# what belongs to a tokenizer.json
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+          "generation_config.json")  # fmt: skip
 
 
 class TiktokenTokenizer:
@@ -34,7 +38,7 @@ class TiktokenTokenizer:
 
     def __init__(self, encoding: tiktoken.Encoding, files: dict[str, bytes]):
         self.encoding, self.files = encoding, files
-        self.name, self.n_vocab, self.eot = encoding.name, encoding.n_vocab, encoding.eot_token
+        self.name, self.n_vocab, self.eot, self.bos = encoding.name, encoding.n_vocab, encoding.eot_token, []
         self.decode = encoding.decode
 
     def pieces(self, blocks):
@@ -93,9 +97,12 @@ class JsonTokenizer:
         if self.eot is None:
             raise UserError(f"{path} needs a token that ends a document, and {eot!r} is not one: name it with --eot")
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
-        config = json.dumps({"eos_token": eot}).encode()
+        plain, whole = self.encode_ordinary("a"), self.tokenizer.encode("a").ids
+        self.bos = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+        config = {"eos_token": eot}
+        self.name = "json-" + hashlib.sha256(content + json.dumps(config).encode()).hexdigest()[:16]
+        config = json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}).encode()  # as it is written
         self.files = {"tokenizer.json": content, "tokenizer_config.json": config}
-        self.name = "json-" + hashlib.sha256(content + config).hexdigest()[:16]
 
     def pieces(self, blocks):
         yield "".join(blocks), True
@@ -141,17 +148,26 @@ def ranks_tokenizer(path: Path) -> TiktokenTokenizer:
     return TiktokenTokenizer(encoding, {"tokenizer.tiktoken": content})
 
 
-def get_tokenizer(name: str, folder: str | Path | None = None, eot: str | None = None):
-    """The tokenizer `name`: "bytes", "gpt2", a FILE.tiktoken, a tokenizer.json, or what meta.json in `folder` names.
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copy what a folder has of a tokenizer.json and of what belongs to it, unchanged."""
+    for name in ("tokenizer.json", "tokenizer.tiktoken", *BESIDE):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, target / name)
 
-    `eot` is the end-of-document token of a tokenizer.json that has none in the config beside it.
+
+def get_tokenizer(name: str, *folders: str | Path, eot: str | None = None):
+    """The tokenizer `name`: "bytes", "gpt2", a FILE.tiktoken, a tokenizer.json, or what meta.json names.
+
+    Of the last kind, the file is in one of the folders: beside the tokens, or beside the checkpoint. `eot` is the
+    end-of-document token of a tokenizer.json that has none in the config beside it.
     """
     for prefix, file in (("ranks-", "tokenizer.tiktoken"), ("json-", "tokenizer.json")):
-        if folder is not None and name.startswith(prefix):
-            tokenizer = get_tokenizer(str(Path(folder) / file))
-            if tokenizer.name != name:
-                raise UserError(f"{folder}/{file} is not the tokenizer {name}: name the data of the model's training")
-            return tokenizer
+        if name.startswith(prefix):
+            found = [get_tokenizer(str(Path(folder) / file)) for folder in folders if (Path(folder) / file).is_file()]
+            for tokenizer in found:
+                if tokenizer.name == name:
+                    return tokenizer
+            raise UserError(f"the tokenizer {name} is not in {' or '.join(map(str, folders))}: copy its {file} there")
     if name.endswith(".json"):
         return JsonTokenizer(Path(name), eot)
     if eot is not None:

@@ -15,16 +15,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from common import Parser, UserError, command, say
-from data.tokenizer import END, GPT2_PATTERN, JsonTokenizer, get_tokenizer
+from data.tokenizer import END, GPT2_PATTERN, JsonTokenizer, copy_tokenizer, get_tokenizer
 from model import FOPE_OPTIONS, GPT, GPTConfig, frequencies, load_model, position_seed
 
 try:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-except ImportError:
-    raise SystemExit("hf.convert needs the package safetensors: pip install safetensors tokenizers") from None
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+except ImportError as error:
+    raise SystemExit(f"hf.convert needs more packages ({error}): pip install 'transformers>=5.5'") from None
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,24 +71,20 @@ def intern_s1_coefficients(cos_coef: torch.Tensor, sin_coef: torch.Tensor) -> to
 # From a Hugging Face folder
 
 
-def read_config(config: dict) -> GPTConfig:
-    """The model that a config.json describes. Raises UserError that names what our GPT does not have."""
-    N, heads, width = config["max_position_embeddings"], config["num_attention_heads"], config["hidden_size"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the second is the older spelling
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    d, act = config.get("head_dim") or width // heads, config.get("hidden_act", "silu")
-    architecture = (config.get("architectures") or ["an unknown architecture"])[0]
-    partial = ({"partial_rotary_factor": 1.0} | config | rope)["partial_rotary_factor"]
+def read_config(config, tied: bool) -> GPTConfig:
+    """The model that a config of transformers describes. Raises UserError that names what our GPT does not have."""
+    N, rope = config.max_position_embeddings, config.rope_parameters
+    kind, window = rope["rope_type"], getattr(config, "sliding_window", None)
     constants = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+    architecture = (config.architectures or ["an unknown architecture"])[0]
     unfit = {
         architecture: architecture not in ("LlamaForCausalLM", "MistralForCausalLM"),
-        "biases": config.get("attention_bias") or config.get("mlp_bias"),
-        f"a sliding window of {config.get('sliding_window')}": (config.get("sliding_window") or N) < N,
-        "partial rotation": partial != 1,
-        "experts": config.get("num_local_experts"),
-        "quantized weights": config.get("quantization_config"),
-        f"the activation {act}": act != "silu",
-        f"head_dim {d}, which is not hidden_size / num_attention_heads": d * heads != width,
+        "biases": getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
+        f"a sliding window of {window}, which acts below 16 N": window is not None and window < 16 * N,
+        "partial rotation": rope.get("partial_rotary_factor", 1) != 1,
+        "experts": getattr(config, "num_local_experts", None),
+        "quantized weights": getattr(config, "quantization_config", None),
+        f"the activation {config.hidden_act}": config.hidden_act != "silu",
         f"rope_type {kind}": kind not in ("default", "linear", "llama3", "yarn"),
         f"{kind} with other constants": any(rope.get(name) not in (None, x) for name, x in constants.items()),
     }
@@ -101,69 +100,53 @@ def read_config(config: dict) -> GPTConfig:
         temperature = (m * log + 1) / (m_all * log + 1) if m and m_all else log + 1
         scaling["logit_scale"] = (rope.get("attention_factor") or temperature) ** 2
     return GPTConfig(
-        n_layer=config["num_hidden_layers"],
-        n_head=heads,
-        n_kv_head=config.get("num_key_value_heads") or heads,
-        n_embd=width,
-        n_hidden=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_kv_head=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        n_embd=config.hidden_size,
+        n_hidden=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        tied=tied,
+        norm_eps=config.rms_norm_eps,
         train_len=N,
         pos="rope",
-        theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        theta=float(rope["rope_theta"]),
         **scaling,
     )
 
 
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"there is no {path}: name the folder of a Hugging Face model")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for name in files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}. Only safetensors are read: a pickle (.bin) can run code")
-    try:
-        return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
-    except SafetensorError as error:
-        raise UserError(f"the weights in {folder} are damaged: {error}") from error
-
-
 def from_hf(folder: Path, work: Path, out: Path) -> None:
-    """Write to the folder `work` what the folder `out` will hold: ckpt.pt and the tokenizer. Raises UserError."""
-    config = read_json(folder / "config.json")
-    try:
-        cfg = read_config(config)
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json has no {error}") from error
-    tokenizer = JsonTokenizer(folder / "tokenizer.json", None)
-    weights, names = read_weights(folder), llama_names(cfg)
-    expected = {name for theirs in names.values() for name in theirs}
-    ignored = {"lm_head.weight"} if cfg.tied else set()  # a tied model may store it too
-    unlike = expected ^ (weights.keys() - ignored - {name for name in weights if name.endswith("inv_freq")})
+    """Write to the folder `work` what the folder `out` will hold: ckpt.pt and the tokenizer. Raises UserError.
+
+    transformers reads the config and the weights: defaults, older spellings, shards, which file wins, what is tied.
+    """
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"there is no {folder / name}: name the folder of a Hugging Face model")
+
+    def load(auto, **options):
+        try:
+            return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
+            raise UserError(f"transformers cannot load {folder}: {str(error)[:300]}") from error
+
+    config = load(AutoConfig)
+    read_config(config, tied=False)  # refuse what does not fit before the weights are read
+    options = dict(dtype=torch.float32, use_safetensors=True)  # a pickle can run code
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # what does not fit is named below
+    theirs, info = load(AutoModelForCausalLM, config=config, **options)
+    unlike = sorted(name if isinstance(name, str) else name[0] for names in info.values() for name in names)
     if unlike:
-        raise UserError(f"{folder} does not have the weights of its config.json: {', '.join(sorted(unlike)[:3])}")
-    state = {ours: torch.cat([weights[name].float() for name in theirs]) for ours, theirs in names.items()}
-    if cfg.tied:
-        state["head.weight"] = state["embedding.weight"]
+        raise UserError(f"{folder} does not have the weights of its config.json: {', '.join(unlike[:3])}")
+    cfg = read_config(config, tied=theirs.lm_head.weight is theirs.model.embed_tokens.weight)
+    tokenizer, weights = JsonTokenizer(folder / "tokenizer.json", None), theirs.state_dict()
     model = GPT(cfg)
-    for name, x in model.state_dict().items():
-        if name in state and x.shape != state[name].shape:
-            raise UserError(
-                f"{folder} has weights of another shape than its config.json says: {', '.join(names[name])}"
-            )
-    model.load_state_dict(state)
-    for name, content in tokenizer.files.items():
-        (work / name).write_bytes(content)
+    with torch.no_grad():
+        for name, ours in model.named_parameters():
+            ours.copy_(torch.cat([weights[other] for other in llama_names(cfg)[name]]))
+    theirs.generation_config.save_pretrained(work)  # the ids of BOS, EOS and padding
+    copy_tokenizer(folder, work)
     facts = {"step": 0, "tokenizer": tokenizer.name, "config": asdict(cfg) | {"data": str(out)}}
     torch.save(facts | {"model": model.state_dict()}, work / "ckpt.pt")
 
@@ -203,21 +186,14 @@ def fope_options(cfg: GPTConfig) -> dict:
     return {name: getattr(cfg, name) for name in names} | facts
 
 
-def tokenizer_files(tokenizer) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json for transformers. tiktoken's ranks become a byte-level BPE."""
-    files = {name: content for name, content in tokenizer.files.items() if name.endswith(".json")}
-    if not files:
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-
-        pattern = GPT2_PATTERN.replace("++", "+").replace("$", r"\z")  # there, $ is the end of a line
-        converter = TikTokenConverter(pattern=pattern, extra_special_tokens=[END])
-        converter.load_tiktoken_bpe = lambda file: tokenizer.encoding._mergeable_ranks  # instead of a file's
-        files = {
-            "tokenizer.json": converter.converted().to_str().encode(),
-            "tokenizer_config.json": json.dumps({"eos_token": END}).encode(),
-        }
-    config = json.loads(files["tokenizer_config.json"]) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return files | {"tokenizer_config.json": json.dumps(config, indent=1).encode()}
+def byte_level_bpe(tokenizer, folder: Path) -> None:
+    """Write tiktoken's ranks as tokenizer.json and tokenizer_config.json."""
+    pattern = GPT2_PATTERN.replace("++", "+").replace("$", r"\z")  # there, $ is the end of a line
+    converter = TikTokenConverter(pattern=pattern, extra_special_tokens=[END])
+    converter.load_tiktoken_bpe = lambda file: tokenizer.encoding._mergeable_ranks  # instead of a file's
+    converter.converted().save(str(folder / "tokenizer.json"))
+    config = {"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def to_hf(run: Path, work: Path, dtype: str) -> None:
@@ -227,8 +203,10 @@ def to_hf(run: Path, work: Path, dtype: str) -> None:
     if cfg.pos not in ("rope", "fope") or cfg.qk_norm:
         what = "QK-norm" if cfg.qk_norm else cfg.pos
         raise UserError(f"a model with {what} cannot be exported: only rope and fope without QK-norm can")
-    tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"])
-    rope = rope_parameters(model)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], checkpoint["config"]["data"])
+    rope, ids = rope_parameters(model), {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    kept = Path(checkpoint["folder"]) / "generation_config.json"  # of an imported model
+    generation = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else ids
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -237,32 +215,35 @@ def to_hf(run: Path, work: Path, dtype: str) -> None:
         "num_hidden_layers": cfg.n_layer,
         "num_attention_heads": cfg.n_head,
         "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.d,
         "vocab_size": cfg.vocab_size,
         "max_position_embeddings": cfg.train_len,
         "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tied,
         "hidden_act": "silu",
         "dtype": dtype,
-        "bos_token_id": tokenizer.eot,
-        "eos_token_id": tokenizer.eot,
-        "rope_parameters": rope or {"rope_type": "default", "rope_theta": cfg.theta},
+        **{name: value for name, value in generation.items() if name.endswith("_token_id")},
+        "rope_parameters": rope or {"rope_type": "fope"},  # which a plain Llama refuses
+        "rope_scaling": rope or {"rope_type": "fope"},  # what version 4 of transformers reads
+        "rope_theta": cfg.theta,
     }
     state = model.state_dict()
     weights = in_llama_names(cfg, {name: x.to(getattr(torch, dtype)) for name, x in state.items()})
     if rope is None:
-        classes = {"AutoConfig": "FopeLlamaConfig", "AutoModelForCausalLM": "FopeLlamaForCausalLM"}
-        config |= {"architectures": ["FopeLlamaForCausalLM"], "model_type": "fope_llama", "fope": fope_options(cfg)}
-        config["auto_map"] = {auto: f"modeling_fope.{name}" for auto, name in classes.items()}
+        names = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+        config |= {"architectures": ["FopeLlamaForCausalLM"], "fope": fope_options(cfg)}
+        config["auto_map"] = {auto: f"modeling_fope.FopeLlama{name}" for auto, name in names.items()}
         coefs = {name: x for name, x in state.items() if name.endswith(".position.coef")}
         weights |= {f"model.layers.{name.split('.')[1]}.self_attn.position.coef": x for name, x in coefs.items()}
         for file in ("hf/modeling_fope.py", "fope.py"):
             shutil.copy(ROOT / file, work)
     save_file({name: x.contiguous() for name, x in weights.items()}, work / "model.safetensors", {"format": "pt"})
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
     (work / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (work / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n")
-    for name, content in tokenizer_files(tokenizer).items():
-        (work / name).write_bytes(content)
+    (work / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+    if tokenizer.name.startswith("json-"):
+        copy_tokenizer(checkpoint["folder"], work)
+    else:
+        byte_level_bpe(tokenizer, work)
 
 
 @command
@@ -275,6 +256,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.target.exists():
         raise UserError(f"{args.target} exists: name another folder")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     args.target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.target.parent) as temporary:
         work = Path(temporary) / "folder"  # complete before it gets its name

@@ -1,11 +1,17 @@
-"""A Llama with FoPE, or with RoPE and log n, for transformers. hf/convert.py exports it with a copy of fope.py.
+"""A Llama with FoPE, or with RoPE and log-n scaling, for transformers. hf/convert.py exports it with a copy of fope.py.
 
 Load it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). config.fope holds what config.json
 says about the position embedding: pos, omega (the frequencies), logn, logit_scale, train_len, and the options of FoPE.
 """
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__) < Version("5.5"):
+    raise ImportError(f"this model needs transformers 5.5 or newer, not {transformers.__version__}: pip install -U it")
+
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
@@ -13,7 +19,20 @@ from .fope import FoPE, RoPE, log_n
 
 
 class FopeLlamaConfig(LlamaConfig):
-    model_type = "fope_llama"
+    """A Llama's config with the field `fope`.
+
+    In config.json, rope_type is "fope", which a plain Llama does not know. So the model cannot be loaded as one without
+    this code, which would silently compute RoPE.
+    """
+
+    base_model_tp_plan = {}  # a rank's share of the heads would not fit the coefficients of all heads
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}  # LlamaModel wants some; not used
+
+    def to_dict(self):
+        return super().to_dict() | {"rope_parameters": {"rope_type": "fope"}}
 
 
 class FopeLlamaAttention(LlamaAttention):
@@ -47,12 +66,22 @@ class FopeLlamaAttention(LlamaAttention):
         return self.o_proj(y.reshape(B, T, -1)), weights
 
 
-class FopeLlamaForCausalLM(LlamaForCausalLM):
+class FopeLlamaModel(LlamaModel):
     config_class = FopeLlamaConfig
     _keep_in_fp32_modules_strict = ["coef"]  # bfloat16 would round the coefficients
 
     def __init__(self, config: FopeLlamaConfig):
         super().__init__(config)
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(self.layers):
             layer.self_attn = FopeLlamaAttention(config, i)
+        self.post_init()
+
+
+class FopeLlamaForCausalLM(LlamaForCausalLM):
+    config_class = FopeLlamaConfig
+    _keep_in_fp32_modules_strict = ["coef"]
+
+    def __init__(self, config: FopeLlamaConfig):
+        super().__init__(config)
+        self.model = FopeLlamaModel(config)
         self.post_init()

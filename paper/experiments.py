@@ -264,7 +264,9 @@ def main(argv: list[str]) -> None:
         return
     if jobs and miniature and args.experiment == "fig5":
         for name in (name for name in ("books", "speeches", "essay") if not (ROOT / "data" / name).exists()):
-            raise fail_type(f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}")
+            raise fail_type(
+                f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}"
+            )
     try:
         folder = ROOT / "paper/results" / args.scale
         folder.mkdir(parents=True, exist_ok=True)

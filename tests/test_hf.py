@@ -7,16 +7,22 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_run
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 
 import train
 from data import prepare, tokenizer
+from data.passkey import passkey_document
 from fope import FoPE, rope_frequencies
 from hf import convert
 from model import GPT, GPTConfig, load_model
@@ -231,6 +237,7 @@ def test_an_exported_tokenizer_has_our_tokens(tmp_path):
         @example("it's a naïve café, 123  tokens\n\n \U0001f600 \n\n\tx \n")
         @settings(max_examples=500, deadline=None)
         def has_our_tokens(text):
+            assume(tokenizer.END not in text)  # transformers takes it for the token
             assert theirs(text)["input_ids"] == ours.encode_ordinary(text)  # noqa: B023
             assert theirs.decode(theirs(text)["input_ids"]) == text  # noqa: B023
 
@@ -320,6 +327,208 @@ def test_intern_s1_coefficients_give_its_attention():
     expected = rotate(q, cos.repeat_interleave(2, 0), sin.repeat_interleave(2, 0))
     torch.testing.assert_close(queries.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(keys.double(), rotate(k, cos, sin), atol=1e-5, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As people use it
+
+
+def imported(folder, run):
+    """Our model of a Hugging Face folder, and transformers' own."""
+    convert.main(["from", str(folder), str(run)])
+    return load_model(run)[0], transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def assert_same_logits(ours, theirs, length=2 * N):
+    with torch.no_grad():
+        torch.testing.assert_close(ours(text(1, length)), theirs(text(1, length)).logits, atol=1e-4, rtol=0)
+
+
+def both_spellings(folder):
+    """A model card says: add rope_scaling to config.json. It wins over rope_parameters."""
+    edit(rope_scaling=YARN)(folder)
+
+
+def no_max_position_embeddings(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def another_lm_head(folder):
+    """Tied, says the config. But another matrix is stored."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def a_stale_index(folder):
+    """Shards and their index from before the model was fine-tuned and saved as one file."""
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: x * 0.5 for name, x in weights.items()}, folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+ODD = {  # options of the model, what happens to its folder
+    "both spellings": (dict(rope_theta=1e5), both_spellings),
+    "no max_position_embeddings": ({}, no_max_position_embeddings),
+    "tied, with another lm_head": (dict(tie_word_embeddings=True), another_lm_head),
+    "a stale index": ({}, a_stale_index),
+    "heads of 32": (dict(head_dim=32), lambda folder: None),
+    "heads of 8, grouped": (dict(head_dim=8, num_key_value_heads=2), lambda folder: None),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_folder_is_taken_as_transformers_takes_it(tmp_path, name):
+    options, change = ODD[name]
+    llama(tmp_path / "llama", **options)
+    change(tmp_path / "llama")
+    assert_same_logits(*imported(tmp_path / "llama", tmp_path / "run"))
+    convert.main(["to", str(tmp_path / "run"), str(tmp_path / "again")])
+    assert_same_logits(load_model(tmp_path / "run")[0], load(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("window, refuses", [(N, True), ("left out", True), (None, False), (16 * N, False)])
+def test_a_sliding_window_is_refused_where_it_would_act(tmp_path, refused, window, refuses):
+    options = LLAMA | dict(num_key_value_heads=2, max_position_embeddings=512 if window == "left out" else N)
+    config = transformers.MistralConfig(**options, sliding_window=window if window != "left out" else 4096)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
+    convert.byte_level_bpe(tokenizer.get_tokenizer("bytes"), tmp_path / "mistral")
+    if window == "left out":
+        config = json.loads((tmp_path / "mistral" / "config.json").read_text())
+        del config["sliding_window"]
+        (tmp_path / "mistral" / "config.json").write_text(json.dumps(config))
+    if refuses:
+        assert "sliding window" in refused(convert.main, "from", tmp_path / "mistral", tmp_path / "run")
+    else:
+        assert_same_logits(*imported(tmp_path / "mistral", tmp_path / "run"), length=8 * N)
+
+
+def test_what_belongs_to_a_tokenizer_comes_out_as_it_went_in(tmp_path):
+    """BOS, padding, a chat template in a file of its own, several EOS; also after training, and in a moved run."""
+    llama(tmp_path / "llama")
+    bpe = Tokenizer.from_file(str(tmp_path / "llama/tokenizer.json"))
+    bpe.add_special_tokens(["<s>"])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    bpe.save(str(tmp_path / "llama/tokenizer.json"))
+    config = {
+        "bos_token": "<s>",
+        "eos_token": tokenizer.END,
+        "pad_token": "<s>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (tmp_path / "llama/tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "llama/chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    ids = {"bos_token_id": 257, "eos_token_id": [256, 10], "pad_token_id": 257}
+    (tmp_path / "llama/generation_config.json").write_text(json.dumps(ids | {"temperature": 0.5, "do_sample": True}))
+    edit(vocab_size=258, **ids)(tmp_path / "llama")
+    weights = load_file(tmp_path / "llama/model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:1]])
+    save_file(weights, tmp_path / "llama/model.safetensors", {"format": "pt"})
+
+    convert.main(["from", str(tmp_path / "llama"), str(tmp_path / "run")])
+    (tmp_path / "text.txt").write_text("hello world " * 300)
+    prepare.main([f"{tmp_path}/text.txt", f"--tokenizer={tmp_path}/run/tokenizer.json", f"--out={tmp_path}/data"])
+    tokens = np.fromfile(tmp_path / "data/train.bin", np.uint16)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
+    assert tokens[:12].tolist() == theirs("hello world")["input_ids"] and tokens[0] == 257  # BOS begins a document
+    ours = tokenizer.get_tokenizer(load_model(tmp_path / "run")[1]["tokenizer"], tmp_path / "run")
+    document, n = passkey_document(ours, 400, 12345, 0.3)
+    assert document == theirs(theirs.decode(document[1:]))["input_ids"] and n == 6
+    argv = f"--init_from={tmp_path}/run --pos=fope --data={tmp_path}/data --out={tmp_path}/fope --train_len=32".split()
+    argv += "--batch_tokens=64 --steps=1 --warmup=0 --eval_tokens=32 --eval_trials=0 --compile=off --device=cpu".split()
+    train.train(train.parse_flags(argv))
+    shutil.rmtree(tmp_path / "data")
+    shutil.move(tmp_path / "fope", tmp_path / "moved")
+    for run in ("run", "moved"):
+        folder = tmp_path / f"{run}-hf"
+        convert.main(["to", str(tmp_path / run), str(folder)])
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (folder / name).read_bytes() == (tmp_path / "llama" / name).read_bytes()
+        again = transformers.AutoTokenizer.from_pretrained(folder)
+        assert again.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[hi]"
+        config = json.loads((folder / "config.json").read_text())
+        generation = json.loads((folder / "generation_config.json").read_text())
+        assert all(config[name] == generation[name] == value for name, value in ids.items())
+        assert generation["temperature"] == 0.5
+
+
+def test_an_exported_fope_decodes_with_a_static_cache_compiled(tmp_path):
+    ours, folder = exported(tmp_path, n_kv_head=2)
+    theirs, prompt = load(folder), text(2, 20)
+    theirs.forward = torch.compile(theirs.forward, backend="eager", fullgraph=True)
+    options = dict(max_new_tokens=2 * N, do_sample=False, pad_token_id=256, eos_token_id=None)
+    written = theirs.generate(prompt, cache_implementation="static", **options)
+    assert torch.equal(written, ours.generate(prompt, 2 * N))
+
+
+def test_an_exported_fope_is_never_taken_for_a_plain_llama(tmp_path):
+    ours, folder = exported(tmp_path, tied=True)
+    with pytest.raises(KeyError, match="fope"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    theirs = load(folder)
+    theirs.save_pretrained(tmp_path / "again")  # as after fine-tuning there
+    with pytest.raises(KeyError, match="fope"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=False)
+    assert_same_logits(ours, load(tmp_path / "again"))
+    assert not theirs.config.base_model_tp_plan  # a rank's heads would not fit the coefficients
+    hidden = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)(text(1, 9)).last_hidden_state
+    torch.testing.assert_close(theirs.lm_head(hidden), theirs(text(1, 9)).logits, rtol=0, atol=1e-5)
+
+
+def test_the_tokenizer_of_an_exported_fope_asks_for_nothing(tmp_path, monkeypatch):
+    _, folder = exported(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks whether to run code"))
+    assert transformers.AutoTokenizer.from_pretrained(folder)("abc")["input_ids"] == [97, 98, 99]
+
+
+@pytest.mark.slow
+def test_transformers_4_agrees_or_refuses(tmp_path):
+    """In an environment of its own that shares torch with this one."""
+    venv.create(tmp_path / "env", with_pip=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    python = tmp_path / "env/bin/python"
+    packages = ["transformers==4.57.6", "huggingface_hub<1.0", "tokenizers>=0.22,<=0.23.0"]
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *packages], check=True)
+    code = """import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=len(sys.argv) > 2)
+torch.save(model(torch.load("tokens.pt")).logits.detach(), "logits.pt")"""
+    torch.save(text(1, 4 * N), tmp_path / "tokens.pt")
+    yarn = dict(scaling="yarn", scale=4.0, original_len=16, logit_scale=1.3)
+    cases = [dict(pos="rope", theta=1e5), dict(pos="rope", theta=1e5, **yarn), dict(pos="rope", scaling="linear")]
+    for i, options in enumerate([*cases, dict(fourier_series=False), {}, {}]):
+        ours, folder = exported(tmp_path / str(i), **options)
+        command = [python, "-c", code, folder, *["trust"] * (i == 5)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        if i < len(cases):
+            assert done.returncode == 0, done.stderr
+            with torch.no_grad():
+                torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), ours(text(1, 4 * N)), atol=1e-5, rtol=0)
+        else:
+            words = ["KeyError: 'proportional'", "KeyError: 'fope'", "needs transformers 5.5 or newer"][i - len(cases)]
+            assert done.returncode == 1 and words in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_pip_installs_fope_alone(tmp_path):
+    for name in ("fope.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(convert.ROOT / name, tmp_path)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "dist", tmp_path]
+    subprocess.run(build, check=True)
+    (wheel,) = (tmp_path / "dist").glob("fope-*.whl")
+    assert sorted(name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name) == ["fope.py"]
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    code = "import fope; print(fope.FoPE(n_head=2, head_dim=16, train_len=64, seed=0), fope.__file__)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path / "env", capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("FoPE()") and str(site) in done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------

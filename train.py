@@ -323,17 +323,17 @@ class Log:
             import wandb
 
             known = out / "wandb_id"  # a resumed run goes on there too
-            run = known.read_text() if known.exists() else wandb.util.generate_id()
+            run = known.read_text() if known.exists() else None
             self.wandb = wandb.init(project="fope", name=out.name, id=run, resume="allow", config=asdict(cfg))
         try:
             out.mkdir(parents=True, exist_ok=True)
+            self.file = lock(out / "log.jsonl")
         except OSError as error:
-            raise UserError(f"{out} cannot be made: {error}") from error
-        self.file = lock(out / "log.jsonl")
+            raise UserError(f"{out} cannot be written: {error}") from error
         if self.file.tell() and not (out / "log.jsonl").read_bytes().endswith(b"\n"):
             self.file.write(b"\n")  # a killed run left half a line
         if self.wandb:
-            known.write_text(run)
+            known.write_text(self.wandb.id)
 
     def write(self, **values) -> None:
         self.file.write(json.dumps(values).encode() + b"\n")
@@ -442,7 +442,8 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
         upcoming = batches[step]  # the next ones, while the accelerator works
         loss, norm, stop = machine.mean(loss, norm, bool(stop_signals))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            before = f"{cfg.out}/ckpt.pt is from before" if step > cfg.save_every else "there is no checkpoint yet"
+            saved = start or step > cfg.save_every
+            before = f"{cfg.out}/ckpt.pt is from before" if saved else "there is no checkpoint yet"
             raise UserError(f"loss {loss}, gradient norm {norm} at step {step}: {before}; a lower --lr may help")
         with machine.autocast():  # for Muon's products
             for optimizer in optimizers:

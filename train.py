@@ -150,8 +150,9 @@ class Machine:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
         except Exception as error:  # no C++ compiler, no Triton, a Python too new: each has its own exception
             why = f" (torch.compile does not work here: {type(error).__name__})"
-            if cfg.compile == "on":
-                raise UserError(f"--compile=on does not work here: {type(error).__name__}: {error}") from error
+            if cfg.compile == "on":  # the error may have pages
+                first = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise UserError(f"--compile=on does not work here: {first}") from error
             self.compile = False
         self.rank, self.world = 0, 1
         if "RANK" in os.environ:  # a launcher started this process

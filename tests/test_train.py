@@ -137,6 +137,12 @@ def test_three_steps_are_clipped_adamw_with_decay_on_every_parameter(data, tmp_p
         torch.testing.assert_close(saved[name], p.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_leaves_kerples_parameters_in_their_bounds(data, tmp_path):
+    train_here(flags(data, tmp_path / "out", "--pos=kerple", "--steps=1", "--weight_decay=9999"))  # far below
+    learned = [x for name, x in checkpoint(tmp_path / "out")["model"].items() if ".position." in name]
+    assert min(x.min() for x in learned) == pytest.approx(0.01)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The log, and what a step costs
 
@@ -265,6 +271,13 @@ def test_a_resumed_run_may_be_made_longer_and_take_other_data_and_says_so(capsys
     rates = [line["lr"] for line in log(out) if line["step"] > 20 and "loss" in line]
     assert rates == [train.learning_rate(step, cfg) for step in range(20, 25)]
     assert checkpoint(out)["step"] == 25
+
+
+def test_a_resumed_run_that_diverges_at_once_still_has_its_checkpoint(capsys, reference, tmp_path):
+    out = shutil.copytree(reference[1][0], tmp_path / "out")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", f"--out={out}", "--steps=25", "--save_every=99", "--lr=1e38"])
+    assert f"at step 22: {out}/ckpt.pt is from before; a lower --lr may help\n" in capsys.readouterr().err
 
 
 def test_a_resumed_run_maps_its_checkpoint_and_drops_it_before_the_first_step(monkeypatch, reference, tmp_path):

@@ -297,8 +297,11 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) ->
     if shapes(checkpoint["model"]) != shapes(model.state_dict()) or checkpoint["config"]["optimizer"] != cfg.optimizer:
         raise UserError(f"--resume cannot change the model or the optimizer of {cfg.out}")
     model.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-        optimizer.load_state_dict(state)
+    try:
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+    except ValueError as error:  # it had other parameter groups
+        raise UserError(f"{cfg.out} has the optimizer state of another version: --out=NAME trains anew") from error
 
 
 def save(model: GPT, optimizers: list, step: int, cfg: TrainConfig, data: dict) -> None:

@@ -513,6 +513,10 @@ def folders(data, reference, tmp_path_factory):
     shutil.copytree(reference[1][0], d / "cut")
     (d / "cut" / "ckpt.pt").write_bytes((d / "run" / "ckpt.pt").read_bytes()[:20_000])
     (d / "file").write_text("not a folder\n")
+    old = checkpoint(d / "run")
+    old["optimizer"][1]["param_groups"] *= 2  # Muon once had a group for each shape
+    (d / "old").mkdir()
+    torch.save(old, d / "old" / "ckpt.pt")
     return d
 
 
@@ -534,6 +538,7 @@ BAD = {  # flags, and what the line must contain
     "resume half a checkpoint": ("--out={d}/cut --resume", "not a whole checkpoint"),
     "resume another shape": ("--out={d}/run --resume --n_embd=64", "cannot change the model"),
     "resume with another optimizer": ("--out={d}/run --resume --optimizer=adamw", "or the optimizer"),
+    "resume another version": ("--out={d}/old --resume", "optimizer state of another version"),
     "resume with other tokens": ("--out={d}/run --resume --data={d}/words", "words tokens"),
 }
 

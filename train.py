@@ -151,8 +151,9 @@ class Machine:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
         except Exception as error:  # no C++ compiler, no Triton, a Python too new: each has its own exception
             why = f" (torch.compile does not work here: {type(error).__name__})"
-            if cfg.compile == "on":
-                raise UserError(f"--compile=on does not work here: {type(error).__name__}: {error}") from error
+            if cfg.compile == "on":  # the error may have pages
+                first = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise UserError(f"--compile=on does not work here: {first}") from error
             self.compile = False
         self.rank, self.world = 0, 1
         if "RANK" in os.environ:  # a launcher started this process
@@ -297,8 +298,11 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) ->
     if shapes(checkpoint["model"]) != shapes(model.state_dict()) or checkpoint["config"]["optimizer"] != cfg.optimizer:
         raise UserError(f"--resume cannot change the model or the optimizer of {cfg.out}")
     model.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-        optimizer.load_state_dict(state)
+    try:
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+    except ValueError as error:  # it had other parameter groups
+        raise UserError(f"{cfg.out} has the optimizer state of another version: --out=NAME trains anew") from error
 
 
 def save(model: GPT, optimizers: list, step: int, cfg: TrainConfig, data: dict) -> None:
@@ -324,17 +328,17 @@ class Log:
             import wandb
 
             known = out / "wandb_id"  # a resumed run goes on there too
-            run = known.read_text() if known.exists() else wandb.util.generate_id()
+            run = known.read_text() if known.exists() else None
             self.wandb = wandb.init(project="fope", name=out.name, id=run, resume="allow", config=asdict(cfg))
         try:
             out.mkdir(parents=True, exist_ok=True)
+            self.file = lock(out / "log.jsonl")
         except OSError as error:
-            raise UserError(f"{out} cannot be made: {error}") from error
-        self.file = lock(out / "log.jsonl")
+            raise UserError(f"{out} cannot be written: {error}") from error
         if self.file.tell() and not (out / "log.jsonl").read_bytes().endswith(b"\n"):
             self.file.write(b"\n")  # a killed run left half a line
         if self.wandb:
-            known.write_text(run)
+            known.write_text(self.wandb.id)
 
     def write(self, **values) -> None:
         self.file.write(json.dumps(values).encode() + b"\n")
@@ -446,7 +450,8 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
         upcoming = batches[step]  # the next ones, while the accelerator works
         loss, norm, stop = machine.mean(loss, norm, bool(stop_signals))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            before = f"{cfg.out}/ckpt.pt is from before" if step > cfg.save_every else "there is no checkpoint yet"
+            saved = start or step > cfg.save_every
+            before = f"{cfg.out}/ckpt.pt is from before" if saved else "there is no checkpoint yet"
             raise UserError(f"loss {loss}, gradient norm {norm} at step {step}: {before}; a lower --lr may help")
         with machine.autocast():  # for Muon's products
             for optimizer in optimizers:

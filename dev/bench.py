@@ -1,12 +1,12 @@
 """How fast, against what one would use instead: every line is a ratio of two things timed alternately in one run.
 
-python tests/bench.py                       every section below but data and gpu, in one table
-python tests/bench.py step                  training steps: FoPE, ALiBi, KERPLE, NoPE against RoPE; the batcher's share
-python tests/bench.py length                a forward pass at 512 .. 16 384 tokens: time and memory
-python tests/bench.py transformers          our RoPE model against Llama's with the same weights, and against GPT-2's
-python tests/bench.py passkey               a trial by one forward pass, against greedy generation
-python tests/bench.py data                  data/prepare.py [MB] against the bare tokenizer, and its memory
-python tests/bench.py gpu [60M 180M 1.2B]   FoPE, RoPE, Llama: tokens/s, share of the card's peak
+python dev/bench.py                       every section below but data and gpu, in one table
+python dev/bench.py step                  training steps: FoPE, ALiBi, KERPLE, NoPE against RoPE; the batcher's share
+python dev/bench.py length                a forward pass at 512 .. 16 384 tokens: time and memory
+python dev/bench.py transformers          our RoPE model against Llama's with the same weights, and against GPT-2's
+python dev/bench.py passkey               a trial by one forward pass, against greedy generation
+python dev/bench.py data                  data/prepare.py [MB] against the bare tokenizer, and its memory
+python dev/bench.py gpu [60M 180M 1.2B]   FoPE, RoPE, Llama: tokens/s, share of the card's peak
 """
 
 import base64
@@ -33,13 +33,12 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from common import UserError, command, find_device
 from data import prepare
-from common import UserError as fail_type
 from data.tokenizer import GPT2_PATTERN, get_tokenizer
 from eval_passkey import passkey_right, passkey_trials
-from common import find_device
 from model import GPT, PRESETS, GPTConfig
 from train import PEAK, RECIPES, batch_sequences, take
 
@@ -147,7 +146,7 @@ def length() -> None:
                 with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **_: v):
                     forward()
 
-            times[pos, T], rest[pos, T] = alternate(5, forward, without_attention)  # the warm-up also grows the tables
+            times[pos, T], rest[pos, T] = alternate(5, forward, without_attention)
             memory[pos, T] = peak_bytes(forward)
     for pos in ("rope", "fope", "alibi", "nope"):
         for T in lengths[1:]:
@@ -167,8 +166,8 @@ def length() -> None:
 def llama_elsewhere(preset: str):
     """A function that has a process of its own take a step of Llama, as transformers comes, and waits for it."""
     B, vocab, _ = SHAPES[preset]
-    command = [sys.executable, ROOT / "tests/llama.py", preset, str(B), str(vocab), DEVICE.type, DTYPE]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    arguments = [sys.executable, __file__, "llama", preset, str(B), str(vocab), DEVICE.type, DTYPE]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step() -> None:
         print(file=process.stdin, flush=True)
@@ -179,6 +178,25 @@ def llama_elsewhere(preset: str):
     process.wait()
 
 
+def llama(preset: str, B: str, vocab: str, device: str, dtype: str) -> None:
+    """The process of llama_elsewhere: for every line of stdin, a training step as a user of transformers writes it."""
+    from conftest import llama_of
+
+    model = llama_of(GPT(GPTConfig(pos="rope", vocab_size=int(vocab), **PRESETS[preset]))).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+    x, y = batch(int(B), 512, int(vocab))
+    for _ in sys.stdin:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(x, labels=y, shift_labels=y, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print("stepped", flush=True)
+
+
 def loss_of(run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The loss of our model or of one of transformers, compiled or not."""
     if isinstance(getattr(run, "_orig_mod", run), GPT):
@@ -187,7 +205,7 @@ def loss_of(run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def transformers() -> None:
-    from llama import llama_of
+    from conftest import llama_of
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def flops(model, embeddings: int) -> int:
@@ -268,10 +286,10 @@ def gpu(*presets: str) -> None:
 
     The share of the card's peak counts 6 FLOPs per token and parameter, with one embedding matrix.
     """
-    from llama import llama_of
+    from conftest import llama_of
 
     if not set(presets) <= PRESETS.keys():
-        raise fail_type(f"gpu takes some of {', '.join(PRESETS)}")
+        raise UserError(f"gpu takes some of {', '.join(PRESETS)}")
     cuda, name = DEVICE.type == "cuda", DEVICE.type
     if cuda:
         name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(DEVICE).total_memory
@@ -361,9 +379,9 @@ def data(megabytes: int | str = 60, rounds: int | str = 3) -> None:
             for file in ("text.jsonl.gz", "text.parquet"):
                 ours, theirs = [], []
                 for _ in range(int(rounds)):
-                    command = [sys.executable, "-c", PREPARE, root / file, f"--out={root / 'out'}"]
-                    command += [f"--tokenizer={root / 'ranks.tiktoken'}"]
-                    printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+                    arguments = [sys.executable, "-c", PREPARE, root / file, f"--out={root / 'out'}"]
+                    arguments += [f"--tokenizer={root / 'ranks.tiktoken'}"]
+                    printed = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
                     seconds, peak = map(float, printed.splitlines()[-1].split())
                     shutil.rmtree(root / "out")
                     start, n_tokens = time.perf_counter(), 0
@@ -380,15 +398,21 @@ def data(megabytes: int | str = 60, rounds: int | str = 3) -> None:
                 print(f"| {file} | {size:.0f} | {speeds[0]} | {speeds[1]} | {ratio} | {peak:.0f} |", flush=True)
 
 
-if __name__ == "__main__":
-    name, *arguments = sys.argv[1:] or ["all"]
+@command
+def main(argv: list[str]) -> None:
+    name, *arguments = argv or ["all"]
     tables = {"step": step, "length": length, "transformers": transformers, "passkey": passkey}
-    if name in ("all", *tables):
+    others = {"data": data, "gpu": gpu, "llama": llama}
+    if name in others:
+        others[name](*arguments)
+    elif name in ("all", *tables):
         print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
         print("| | median | range | goal |\n|---|---|---|---|")
         for table in tables.values() if name == "all" else [tables[name]]:
             table()
-    elif name in ("data", "gpu"):
-        {"data": data, "gpu": gpu}[name](*arguments)
     else:
-        raise fail_type(f"name one of {', '.join(tables)}, data, gpu")
+        raise UserError(f"name one of {', '.join(tables)}, data, gpu")
+
+
+if __name__ == "__main__":
+    main()

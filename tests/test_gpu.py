@@ -6,9 +6,11 @@ from signal import SIGTERM
 import numpy as np
 import pytest
 import torch
-from stops import ROOT, run, start
-from test_train import FOX, at_step, checkpoint, logged, write_data
+from conftest import make_data
+from runs import FOX, ROOT, checkpoint, logged, run, start
+from stops import at_step
 
+import train
 from model import load_model
 
 GPU = "cuda"
@@ -23,7 +25,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "fox", np.resize(FOX, 16 * 512 + 1), FOX[:1100])
+    return make_data(tmp_path_factory.mktemp("data") / "fox", np.resize(FOX, 16 * 512 + 1), FOX[:1100])
 
 
 def trained(out, data, *flags, device=GPU, dtype="float32", compiled="off"):
@@ -90,3 +92,17 @@ def test_torchrun_with_nccl(data, folder):
     printed = process.communicate()
     assert process.returncode == 0 and "over nccl" in printed[0], printed
     assert logged(folder / "nccl", "loss") == pytest.approx(logged(trained(folder / "whole", data), "loss"), rel=1e-5)
+
+
+def test_a_step_waits_for_the_gpu_once(data, folder, recwarn):
+    counts = []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for steps in (2, 12):
+            recwarn.clear()
+            more = [f"--steps={steps}", "--log_every=99", "--save_every=99", "--compile=off", "--eval_every=99"]
+            train.train(train.parse_flags([*FLAGS, f"--data={data}", f"--out={folder / f'waits-{steps}'}", *more]))
+            counts.append(sum("synchroniz" in str(warning.message) for warning in recwarn))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counts[1] - counts[0] == 10

@@ -1,0 +1,108 @@
+"""Small runs of train.py in processes forked from a server that imports torch once."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import wait
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["torch._dynamo", "test_train"])
+
+# 45 sequences, 8 a step: every sixth batch or so straddles two epochs. 4 micro-batches of 2 sequences on one process.
+STEPS, N, BATCH, SEQUENCES = 20, 32, 8, 45
+FLAGS = (
+    f"--n_layer=1 --n_head=2 --n_embd=32 --n_hidden=64 --train_len={N} --batch_tokens={BATCH * N} "
+    f"--micro_tokens={2 * N} --steps={STEPS} --warmup=0 --lr=2e-3 --init_std=0.02 --log_every=1 --eval_every=10 "
+    "--save_every=8 --eval_trials=0 --compile=off --dtype=float32 --device=cpu"
+).split()
+FOX = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 100, dtype=np.uint8).astype(np.uint16)
+
+
+def flags(data, out, *more):
+    return [*FLAGS, f"--data={data}", f"--out={out}", *more]
+
+
+def log(out):
+    """What a reader takes from log.jsonl, without what depends on the machine."""
+    records = []
+    for line in (out / "log.jsonl").read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # half a line
+        if "resumed" in record:
+            records = [r for r in records if r["step"] <= record["resumed"]]
+        else:
+            records.append({k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")})
+    return records
+
+
+def logged(out, name):
+    return [line[name] for line in log(out) if name in line]
+
+
+def checkpoint(out):
+    return torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else {"step": None}
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def child(folder, argv, patches, env):
+    signal.alarm(200)  # a process that hangs is a failure (status -14), not a wait without end
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ |= env
+    sys.argv = ["train.py", *argv]
+    train.plot.loss_figure = lambda *args: None  # drawing takes longer than these runs
+    for patch in patches:
+        patch()
+    train.main()
+
+
+def run(argv, *patches, world=1, rank=None):
+    """train.main() in `world` processes as torchrun starts and ends them. The patches are for one rank; None: for all.
+
+    The returncode is a list if there are several processes.
+    """
+    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENV):
+        for r in range(world):
+            ranks = env | {"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {}
+            args = folder, argv, patches if rank in (None, r) else (), ranks
+            processes.append(forks.Process(target=child, args=args))
+            processes[-1].start()
+        while alive := [process for process in processes if process.exitcode is None]:
+            wait([process.sentinel for process in alive])
+            if any(process.exitcode for process in processes):  # one has failed: the launcher ends the others
+                for process in alive:
+                    process.join(10)
+                    process.kill()
+                    process.join()
+        printed = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+    status = [process.exitcode for process in processes]
+    return subprocess.CompletedProcess(argv, status if world > 1 else status[0], *printed)
+
+
+def start(*argv, **env):
+    """A Python command of its own, as from a shell."""
+    env = os.environ | ENV | env
+    return subprocess.Popen([sys.executable, *argv], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -24,17 +24,21 @@ from common import Parser, UserError, command, replace_file, say
 METRICS = {  # what is measured: the field of a record, its name, and whether it counts right trials
     "perplexity": ("perplexity", False),
     "loss": ("loss", False),  # in place of perplexity, as in the paper's Table 2
-    "ratio": ("perplexity / that of the training text", False),
+    "ratio": ("ratio to perplexity on the training text", False),
     "right": ("passkey accuracy", True),
 }
 NO_EFFECT = {  # fields that do not tell two runs apart, because they change no result beyond rounding
     *("run", "out", "resume", "micro_tokens", "recompute", "compile", "log_every", "eval_every", "save_every", "wandb"),
     *("eval_trials", "train_eval_tokens", "train_device", "device", "threads", "torch", "right_by_depth"),
 }
+LOOKS = {  # of the runs that a figure is about; the others are thin
+    "fope": dict(color="#d55e00", linewidth=3.5, marker="o", markersize=7, zorder=2),  # below: it would hide the others
+    "rope": dict(color="black", linewidth=1.8, marker="s", markersize=5, zorder=4),
+}
 OFF = {"logn": 0, "scaling": "none", "committed": None}  # values that no label mentions
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records and logs
+# Records, tables
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -84,28 +88,27 @@ def group(records: list[dict]) -> dict[str, list[dict]]:
             for record in groups.pop(key):
                 groups.setdefault((*key, ("run", record.get("run"))), []).append(record)
     runs = [dict(key) for key in groups]
-    values = {field: [run.get(field) for run in runs] for field in set().union(*runs)}
-    differ = {field: values[field] for field in sorted(values) if len(set(values[field])) > 1}
-    by = sorted(differ, key=lambda field: (field != "logn", field != "pos"))
-    ordered = sorted(zip(runs, groups.values()), key=lambda pair: [(str(type(v := pair[0].get(f))), v) for f in by])
-    return {label(run, differ): some for run, some in ordered}
+    differ = sorted({f for run in runs for f in run if any(run[f] != other.get(f) for other in runs)})
+    for field in reversed(differ):  # as few fields as tell all runs apart
+        fewer = [other for other in differ if other != field]
+        if field != "pos" and len({tuple(run.get(f) for f in fewer) for run in runs}) == len(runs):
+            differ = fewer
+    usual = {}  # what most runs have is not mentioned
+    for field in differ:
+        value, count = Counter(run.get(field) for run in runs).most_common(1)[0]
+        usual[field] = OFF.get(field, value if 2 * count > len(runs) else None)
 
+    def label(run: dict) -> str:
+        parts = [str(run["pos"])]
+        for field in (field for field in differ if field != "pos" and run.get(field) != usual[field]):
+            value = run.get(field)
+            words = f"{field} {value}".removesuffix(".0")
+            parts.append(words if not isinstance(value, bool) else field if value else f"no {field}")
+        return ", ".join(parts)
 
-def label(run: dict, differ: dict[str, list]) -> str:
-    """The embedding, and the fields in which runs differ, with the values of all runs. What most have is left out."""
-    parts = [str(run.get("pos"))]
-    for field in (field for field in differ if field != "pos"):
-        usual, count = Counter(differ[field]).most_common(1)[0]
-        value, hidden = run.get(field), OFF.get(field, usual if 2 * count > len(differ[field]) else None)
-        words = f"{field} {value:g}" if isinstance(value, float) else f"{field} {value}"
-        if isinstance(value, bool):
-            words = field if value else f"no {field}"
-        parts += [words] * (value != hidden)
-    return ", ".join(parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
+    differ = sorted(differ, key=lambda field: (field != "logn", field != "pos"))
+    ordered = sorted(zip(runs, groups.values()), key=lambda pair: [(str(type(v := pair[0].get(f))), v) for f in differ])
+    return {label(run): some for run, some in ordered}
 
 
 def wilson(right: int, trials: int) -> tuple[float, float]:
@@ -145,67 +148,87 @@ def table(records: list[dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The figures
+# Figures
 
 
-def panels(count: int, title: str, subtitle: str):
-    """A figure with its axes in one column, so that a phone can show it."""
+def panels(count: int, lines: int, title: str, subtitle: str):
+    """A figure with its axes in one column, so that a phone can show it, and room for the labels of the lines."""
     from matplotlib.figure import Figure
 
-    fig = Figure((6.4, 3.4 * count + 1), layout="constrained")
+    fig = Figure((6.4, count * max(3.4, 0.9 + 0.3 * lines)), layout="constrained")
     fig.suptitle(textwrap.fill(title, 50), fontsize=14, fontweight="bold")
     axes = fig.subplots(count, squeeze=False)[:, 0]
     axes[0].set_title(subtitle, fontsize=11)
     return fig, axes
 
 
+def label_ends(axis) -> None:
+    """Write each line's label to the right of its last finite point. Labels that would overlap are moved apart."""
+    axis.autoscale_view()
+    gap = 0.34 * len(axis.figure.axes) / axis.figure.get_figheight()  # of the axis' height
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    ends = [(line, line.get_xydata()[np.isfinite(line.get_ydata())]) for line in lines]
+    ends = sorted((end for end in ends if len(end[1])), key=lambda end: end[1][::-1, 1].tolist())  # lowest first
+    heights = [(axis.transData + axis.transAxes.inverted()).transform(points[-1])[1] for _, points in ends]
+    for i in range(1, len(heights)):  # push up from the lowest, then down from the top of the axis
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1 - gap * (len(heights) - 1 - i))
+    for (line, points), height in zip(ends, heights):
+        place = dict(xytext=(1.04, height), textcoords="axes fraction", va="center", fontsize=12)
+        joint = dict(arrowstyle="-", color="0.7", shrinkB=4, relpos=(0, 0.5))
+        axis.annotate(line.get_label(), points[-1], color=line.get_color(), arrowprops=joint, **place)
+
+
 def figure(records: list[dict], title: str = ""):
     """Each metric against length: the mean of each run, and a band over the range of its seeds.
 
-    FoPE is orange, RoPE black, both thick. Others, and where log n is shown the lines without it, are thin.
+    Committed records are dashed. Variants of one embedding are thin, and where log n is shown, lines without it.
     """
+    from matplotlib.ticker import LogFormatter
+
     groups, highest = group(records), max(record["logn"] for record in records)
-    alike = Counter((some[0]["pos"], some[0]["logn"]) for some in groups.values())  # variants of one are thin too
+    variants = Counter((some[0]["pos"], some[0]["logn"]) for some in groups.values())
     seeds = sorted({len({record["seed"] for record in some}) for some in groups.values()})
     subtitle = f"mean of {seeds[0]}{f' to {seeds[-1]}' * (len(seeds) > 1)} seeds; band: lowest to highest"
     metrics = [metric for metric in reversed(METRICS) if values_of(records, metric)]
-    fig, axes = panels(len(metrics), title, subtitle if seeds[-1] > 1 else "")
-    lengths, train_lens = ({record[field] for record in records} for field in ("length", "train_len"))
-    for axis, metric in zip(axes, metrics):
+    fig, axes = panels(len(metrics), len(groups), title, subtitle if seeds[-1] > 1 else "")
+    lengths, train_lens = (sorted({record[field] for record in records}) for field in ("length", "train_len"))
+    for axis, (metric, (name, counted)) in zip(axes, ((metric, METRICS[metric]) for metric in metrics)):
         for i, (label, some) in enumerate(groups.items()):
-            points = {length: [r for r in some if r["length"] == length] for length in sorted(lengths)}
-            points = {length: values_of(some, metric) for length, some in points.items() if values_of(some, metric)}
+            points = {length: values_of([r for r in some if r["length"] == length], metric) for length in lengths}
+            points = {length: values for length, values in points.items() if values}
             pos, logn = some[0]["pos"], some[0]["logn"]
-            color, width = {"fope": ("#d55e00", 3.5), "rope": ("black", 2)}.get(pos, ("0.45", 1))
-            look = dict(color=color, marker="o^sDv<>Pd*Xp"[i % 12], zorder=3 - (width > 3))  # the thickest lies below
-            look |= dict(linewidth=width if alike[pos, logn] == 1 and logn == highest else 1, markersize=5)
-            look |= dict(linestyle="--" if some[0].get("committed") else "-")
+            look = LOOKS.get(pos, {"color": "0.45"})
+            if pos not in LOOKS or logn < highest or variants[pos, logn] > 1:
+                look = dict(color=look["color"], linewidth=1, marker="^Dv<>Pd*Xp"[i % 10], markersize=5, zorder=3)
+            look = look | dict(linestyle="--" if some[0].get("committed") else "-")
             axis.plot(points.keys(), [np.mean(values) for values in points.values()], label=label, **look)
             low, high = ([end(values) for values in points.values()] for end in (min, max))
-            axis.fill_between(list(points), low, high, color=color, alpha=0.2, linewidth=0)
-        ticks = sorted(lengths | train_lens)
+            axis.fill_between(list(points), low, high, color=look["color"], alpha=0.2, linewidth=0)
+        ticks = sorted({*lengths, *train_lens})
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{n}\n= N" if n in train_lens else str(n) for n in ticks])
-        axis.set(xlabel="length in tokens", ylabel=METRICS[metric][0])
-        if METRICS[metric][1]:
+        axis.set(xlabel="length in tokens", ylabel=textwrap.fill(name, 24))
+        if counted:
             axis.set_ylim(-0.03, 1.03)
         else:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=11, frameon=False)
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        label_ends(axis)
     return fig
 
 
 def loss_figure(logs: list[Path], title: str = ""):
     """Training and validation loss against the step, for each log.jsonl; its folder names the line."""
-    fig, (axis,) = panels(1, title, "pale: training batches; with markers: validation")
+    fig, (axis,) = panels(1, len(logs), title, "pale: training batches; with markers: validation")
     axis.set(xlabel="step", ylabel="loss (nats per token)")
     for i, log in enumerate(logs):
         curves, name = read_log(log), log.resolve().parent.name
-        axis.plot(*zip(*curves["loss"]), color=f"C{i}", alpha=0.5, label=None if curves["val_loss"] else name)
+        axis.plot(*zip(*curves["loss"]), color=f"C{i}", alpha=0.5, label="_" if curves["val_loss"] else name)
         axis.plot(*zip(*curves["val_loss"]), color=f"C{i}", marker="o", label=name)
-    fig.legend(loc="outside lower center", fontsize=11, frameon=False)
+    label_ends(axis)
     return fig
 
 
@@ -226,15 +249,8 @@ def save(path: Path, draw, *arguments) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
 def write(records: list[dict], out: Path, title: str = "", committed: list[dict] = ()) -> str:
-    """Writes eval.md and eval.png in the folder `out`. Returns the table and the names of what was written.
-
-    The figure shows the `committed` records too.
-    """
+    """Writes eval.md and eval.png, which shows the `committed` records too. Returns the table and what was written."""
     text = table(records)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,6 @@ import plot
 from common import Parser, UserError, command, replace_file, say
 from data.prepare import builtin
 from eval_passkey import append, numbers
-from model import load_checkpoint
 from train import TrainConfig, configure, on_stop
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,26 +115,23 @@ def words_of(flags: dict) -> list[str]:
 
 
 def commands(run: str, seed: int, scale: str, trials: int, records: list[dict]) -> list[list[str]]:
-    """The words of the commands that a run takes. None if its records exist."""
-    runs, tiny, words = runs_of(configure({"model": scale})), scale == "tiny", []
-    texts, powers = ["data/builtin" if tiny else "data/c4"], [0, 2] if run in sum(LOGN.values(), []) else [0]
+    """The words of the commands that a run takes: none if its records exist."""
+    runs, tiny = runs_of(configure({"model": scale})), scale == "tiny"
+    texts, powers = ["data/builtin" if tiny else "data/c4"], (0, 2) if run in sum(LOGN.values(), []) else (0,)
     if "data" in runs[run]:  # a run on books is measured on other text too
         texts = [runs[run]["data"], *(["data/essay", "data/speeches"] if tiny else ["data/c4"])]
-    have = {
-        (record["data"], record["logn"], record["length"])
-        for record in records
-        if (record["run"], record["seed"], record["trials"]) == (run, seed, trials)
-    }
-    texts = [text for text in texts if not set(itertools.product([text], powers, LENGTHS)) <= have]
-    for name in dict.fromkeys([runs[run].get("init_from", run), run]) if texts else ():
-        flags, out = dict(runs[name]), f"out/{scale}/{name}-s{seed}"
+    last = dict(run=run, seed=seed, trials=trials, data=texts[-1], logn=powers[-1], length=LENGTHS[-1])
+    if any(last.items() <= {name: record[name] for name in last}.items() for record in records):
+        return []
+    found = []
+    for name in dict.fromkeys([runs[run].get("init_from", run), run]):
+        flags, out = runs[name] | dict(seed=seed, eval_trials=0), f"out/{scale}/{name}-s{seed}"
         if "init_from" in flags:
             flags["init_from"] = f"out/{scale}/{flags['init_from']}-s{seed}"
-        flags |= {"seed": seed, "out": out, "eval_trials": 0}
-        flags |= {"resume": True} if (ROOT / out).exists() else {}
-        words.append([*(["python"] if tiny else TORCHRUN), "train.py", f"--model={scale}", *words_of(flags)])
-    lists = {"lengths": ",".join(map(str, LENGTHS)), "logn": ",".join(map(str, powers)), "trials": trials}
-    return words + [["python", "eval_passkey.py", out, *words_of(lists), f"--data={text}"] for text in texts]
+        flags |= dict(out=out, resume=True) if (ROOT / out).exists() else dict(out=out)
+        found.append([*(["python"] if tiny else TORCHRUN), "train.py", f"--model={scale}", *words_of(flags)])
+    flags = dict(lengths=",".join(map(str, LENGTHS)), logn=",".join(map(str, powers)), trials=trials)
+    return found + [["python", "eval_passkey.py", out, *words_of(flags | dict(data=text))] for text in texts]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,11 +139,11 @@ def commands(run: str, seed: int, scale: str, trials: int, records: list[dict]) 
 
 
 class Driver:
-    """Carries out runs. What their commands print is in out/SCALE/RUN-sSEED.log."""
+    """Carries out jobs side by side. What their commands print is in out/SCALE/RUN-sSEED.log."""
 
     def __init__(self, scale: str, environments: list[dict]):
-        self.scale, self.processes, self.stopped = scale, [], False
-        self.free = queue.SimpleQueue()  # each run takes the environment of one GPU or core
+        self.scale, self.processes, self.stopped, self.failed = scale, [], False, []
+        self.free = queue.SimpleQueue()  # each job takes the environment of one GPU or core
         for environment in environments:
             self.free.put(environment)
 
@@ -170,9 +166,9 @@ class Driver:
             process.terminate()
         return process.wait() == 0
 
-    def carry_out(self, jobs: list[dict]) -> list[str]:
-        """Carries out the commands of jobs one after another. Returns the folders of those that failed."""
-        environment, failed = self.free.get(), []
+    def carry_out(self, jobs: list[dict]) -> None:
+        """Carries out the commands of jobs one after another, and copies the new records to paper/results."""
+        environment = self.free.get()
         for job in jobs:
             out = f"out/{self.scale}/{job['run']}-s{job['seed']}"
             file, log = ROOT / out / "eval.jsonl", ROOT / f"{out}.log"
@@ -180,34 +176,30 @@ class Driver:
             ended = all(not self.stopped and self.call(words, log, environment) for words in job["commands"])
             records = plot.read(file)[before:] if ended else []
             if not ended or any(record["step"] < record["steps"] for record in records):  # a stopped training ends well
-                failed.append(out)
+                self.failed.append(out)
                 say(f"{out} is not finished: see {log}", sys.stderr)
                 continue
             for record in records:  # without the seed in these names, seeds agree in all other fields
                 names = {"run": job["run"], "init_from": job["init_from"]}
                 append(ROOT / f"paper/results/{self.scale}/eval.jsonl", record | names)
         self.free.put(environment)
-        return failed
 
 
 def report(experiment: str, scale: str, records: list[dict]) -> None:
     """Writes the experiment's table and figure, from every seed that has records."""
-    shown, logn, own = [], LOGN.get(experiment, ()), {}
-    for record in (record for record in records if record["run"] in runs_in(experiment, scale)):
-        if record["data"] == record["train_data"]:
-            own[plot.identity(record, *TEXT)] = record["perplexity"]
-        if not record["logn"] or record["run"] in logn:
-            shown.append(record)
-    for record in shown:
-        if experiment == "table2":  # the paper's Table 2 has losses
-            record["loss"] = math.log(record.pop("perplexity"))
-        elif record["data"] != record["train_data"] and plot.identity(record, *TEXT) in own:
-            record["ratio"] = record["perplexity"] / own[plot.identity(record, *TEXT)]
-    if shown:
-        folder, text = ROOT / "paper/results" / scale, plot.table(shown)
+    records = [record for record in records if record["run"] in runs_in(experiment, scale)]
+    records = [record for record in records if not record["logn"] or record["run"] in LOGN.get(experiment, ())]
+    if experiment == "table2":  # the paper's Table 2 has losses
+        records = [record | {"loss": math.log(record["perplexity"]), "perplexity": None} for record in records]
+    own = {plot.identity(r, *TEXT): r["perplexity"] for r in records if r["data"] == r["train_data"]}
+    other = [record for record in records if record["data"] != record["train_data"]]
+    for record in other:  # the paper's Figure 6a has ratios
+        record["ratio"] = record["perplexity"] / own[plot.identity(record, *TEXT)]
+    if records:
+        folder, text = ROOT / "paper/results" / scale, plot.table(other or records)
         replace_file(folder / f"{experiment}.md", lambda file: file.write(f"{text}\n".encode()))
         title = TITLES.get(experiment, "") if scale == "tiny" else ""
-        plot.save(folder / f"{experiment}.png", plot.figure, shown, title)
+        plot.save(folder / f"{experiment}.png", plot.figure, other or records, title)
         say(f"\n{text}\n\nwritten: {folder}/{experiment}.md")
 
 
@@ -229,39 +221,35 @@ def main(argv: list[str]) -> None:
     runs, trials = args.runs.split(",") if args.runs else known, args.trials or (50 if tiny else 1000)
     if unknown := set(runs) - set(known):
         raise UserError(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
-    file, flags = ROOT / f"paper/results/{args.scale}/eval.jsonl", runs_of(configure({"model": args.scale}))
-
-    def records() -> list[dict]:
-        return plot.read(file) if file.exists() else []
-
-    jobs = {}  # runs that continue one run follow each other, so that it is trained once
+    results = ROOT / f"paper/results/{args.scale}/eval.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.touch()
+    flags, jobs = runs_of(configure({"model": args.scale})), {}
     for seed, run in itertools.product(numbers("seeds", args.seeds, 0), runs):
-        start = flags[run].get("init_from", "")
-        todo = commands(run, seed, args.scale, trials, records())
-        if todo:
+        if todo := commands(run, seed, args.scale, trials, plot.read(results)):
+            start = flags[run].get("init_from", "")
+            # Runs that continue one run follow each other, so that it is trained once.
             job = dict(run=run, seed=seed, init_from=start, commands=todo)
             jobs.setdefault((start or run, seed), []).append(job)
     if args.dry_run:
-        every = (" ".join(words) for job in sum(jobs.values(), []) for words in job["commands"])
+        every = (" ".join(words) for some in jobs.values() for job in some for words in job["commands"])
         return say("\n".join(dict.fromkeys(every)))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if tiny and jobs and not (ROOT / "data/builtin").exists():
+        builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it
     environments = [{}]  # at the paper's scale, one worker has all GPUs
     if tiny:
-        if jobs and not (ROOT / "data/builtin").exists():
-            builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it
-        gpus = torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",")[:gpus]]
-        environments = environments or [{"OMP_NUM_THREADS": "1"}] * os.process_cpu_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",") if torch.cuda.is_available()]
+        environments = environments or [{"OMP_NUM_THREADS": "1"}] * torch.get_num_threads()
         environments = list(itertools.islice(itertools.cycle(environments), args.jobs or len(environments)))
     driver = Driver(args.scale, environments)
     on_stop(driver.stop)
     with ThreadPoolExecutor(len(environments)) as pool:
-        failed = sum(pool.map(driver.carry_out, jobs.values()), [])
+        list(pool.map(driver.carry_out, jobs.values()))
     if driver.stopped:
         raise UserError("stopped: the same command resumes")
-    report(args.experiment, args.scale, records())
-    sys.exit(bool(failed))
+    report(args.experiment, args.scale, plot.read(results))
+    sys.exit(bool(driver.failed))
 
 
 if __name__ == "__main__":

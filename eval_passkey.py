@@ -220,7 +220,7 @@ def evaluate(paths: list[Path], options: Options, out: Path | None = None, commi
     """Measures checkpoints. Each record is appended to eval.jsonl and printed as soon as it is there. Raises UserError.
 
     Table and figure are in `out`, by default the folder that holds all checkpoints. The figure shows like records of
-    the `committed` ones too. It is drawn again after each record, from the second length on.
+    the `committed` ones too. Both are written again after each length, from the second on.
     """
     out, records = out or Path(os.path.commonpath([folder_of(path) for path in paths])), []
     try:
@@ -231,20 +231,17 @@ def evaluate(paths: list[Path], options: Options, out: Path | None = None, commi
                 append(folder_of(path) / "eval.jsonl", record)
             finally:  # a full disk hides no number
                 say(f"{record['run']}, {record['length']} tokens, p = {record['logn']:g}: {', '.join(found)}")
-            committed = alike(committed, record)
-            if len({record["length"] for record in records}) > 1:
-                draw([*records, *committed], out / "eval.png")
+            lengths = [record["length"] for record in records]
+            if lengths[-1] != lengths[0] and lengths.count(lengths[-1]) == lengths.count(lengths[0]):  # a whole length
+                try:
+                    plot.write(records, out, committed=alike(committed, records[0]))
+                except UserError:
+                    raise
+                except Exception:  # a bug in plot.py is shown, but costs no measurement
+                    traceback.print_exc()
     except torch.OutOfMemoryError:
         raise UserError("not enough memory: use a smaller --batch_tokens or shorter --lengths") from None
-    say(f"\n{plot.write(records, out, committed=committed)}")
-
-
-def draw(records: list[dict], file: Path) -> None:
-    """Draws what is measured so far. A bug in plot.py is shown, but does not end the evaluation."""
-    try:
-        plot.save(file, plot.figure, records)
-    except Exception:
-        traceback.print_exc()
+    say("\n" + plot.write(records, out, committed=alike(committed, records[0])))
 
 
 @command

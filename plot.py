@@ -88,27 +88,33 @@ def group(records: list[dict]) -> dict[str, list[dict]]:
             for record in groups.pop(key):
                 groups.setdefault((*key, ("run", record.get("run"))), []).append(record)
     runs = [dict(key) for key in groups]
-    differ = sorted({f for run in runs for f in run if any(run[f] != other.get(f) for other in runs)})
-    for field in reversed(differ):  # as few fields as tell all runs apart
+    differ = sorted({f for run in runs for f in run if any(run[f] != other.get(f) for other in runs)} - {"pos"})
+    for field in sorted(reversed(differ), key=lambda field: field in OFF):
         fewer = [other for other in differ if other != field]
-        if field != "pos" and len({tuple(run.get(f) for f in fewer) for run in runs}) == len(runs):
-            differ = fewer
-    usual = {}  # what most runs have is not mentioned
+        if len({(*pick(run, fewer), run.get(field)) for run in runs}) == len({pick(run, fewer) for run in runs}):
+            differ = fewer  # what the other fields imply is not mentioned, nor is what most runs have
+    usual = {}
     for field in differ:
         value, count = Counter(run.get(field) for run in runs).most_common(1)[0]
         usual[field] = OFF.get(field, value if 2 * count > len(runs) else None)
 
     def label(run: dict) -> str:
         parts = [str(run["pos"])]
-        for field in (field for field in differ if field != "pos" and run.get(field) != usual[field]):
+        for field in (field for field in differ if run.get(field) != usual[field]):
             value = run.get(field)
             words = f"{field} {value}".removesuffix(".0")
             parts.append(words if not isinstance(value, bool) else field if value else f"no {field}")
         return ", ".join(parts)
 
-    differ = sorted(differ, key=lambda field: (field != "logn", field != "pos"))
-    ordered = sorted(zip(runs, groups.values()), key=lambda pair: [(str(type(v := pair[0].get(f))), v) for f in differ])
-    return {label(run): some for run, some in ordered}
+    def order(pair) -> list:
+        values = pick(pair[0], sorted(["pos", *differ], key=lambda field: (field != "logn", field != "pos")))
+        return [(str(type(value)), value) for value in values]
+
+    return {label(run): some for run, some in sorted(zip(runs, groups.values()), key=order)}
+
+
+def pick(run: dict, fields: list[str]) -> tuple:
+    return tuple(run.get(field) for field in fields)
 
 
 def wilson(right: int, trials: int) -> tuple[float, float]:

@@ -110,6 +110,10 @@ def runs_in(experiment: str, scale: str) -> list[str]:
     return [books + run for run in EXPERIMENTS[experiment]]
 
 
+def records_in(file: Path) -> list[dict]:
+    return plot.read(file) if file.exists() else []
+
+
 def words_of(flags: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
@@ -171,13 +175,14 @@ class Driver:
         environment = self.free.get()
         for job in jobs:
             out = f"out/{self.scale}/{job['run']}-s{job['seed']}"
-            file, log = ROOT / out / "eval.jsonl", ROOT / f"{out}.log"
-            before = len(plot.read(file)) if file.exists() else 0
+            before = len(records_in(ROOT / out / "eval.jsonl"))
+            log = ROOT / f"{out}.log"
             ended = all(not self.stopped and self.call(words, log, environment) for words in job["commands"])
-            records = plot.read(file)[before:] if ended else []
+            records = records_in(ROOT / out / "eval.jsonl")[before:]
             if not ended or any(record["step"] < record["steps"] for record in records):  # a stopped training ends well
                 self.failed.append(out)
-                say(f"{out} is not finished: see {log}", sys.stderr)
+                if not self.stopped:
+                    say(f"{out} is not finished: see {log}", sys.stderr)
                 continue
             for record in records:  # without the seed in these names, seeds agree in all other fields
                 names = {"run": job["run"], "init_from": job["init_from"]}
@@ -222,11 +227,9 @@ def main(argv: list[str]) -> None:
     if unknown := set(runs) - set(known):
         raise UserError(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
     results = ROOT / f"paper/results/{args.scale}/eval.jsonl"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.touch()
     flags, jobs = runs_of(configure({"model": args.scale})), {}
     for seed, run in itertools.product(numbers("seeds", args.seeds, 0), runs):
-        if todo := commands(run, seed, args.scale, trials, plot.read(results)):
+        if todo := commands(run, seed, args.scale, trials, [] if args.dry_run else records_in(results)):
             start = flags[run].get("init_from", "")
             # Runs that continue one run follow each other, so that it is trained once.
             job = dict(run=run, seed=seed, init_from=start, commands=todo)
@@ -234,6 +237,7 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         every = (" ".join(words) for some in jobs.values() for job in some for words in job["commands"])
         return say("\n".join(dict.fromkeys(every)))
+    results.parent.mkdir(parents=True, exist_ok=True)
     if tiny and jobs and not (ROOT / "data/builtin").exists():
         builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it
     environments = [{}]  # at the paper's scale, one worker has all GPUs
@@ -248,7 +252,7 @@ def main(argv: list[str]) -> None:
         list(pool.map(driver.carry_out, jobs.values()))
     if driver.stopped:
         raise UserError("stopped: the same command resumes")
-    report(args.experiment, args.scale, plot.read(results))
+    report(args.experiment, args.scale, records_in(results))
     sys.exit(bool(driver.failed))
 
 

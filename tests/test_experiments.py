@@ -170,7 +170,7 @@ def stop(capfd, number, once, *argv):
 
 
 def test_a_real_run_is_stopped_resumed_and_evaluated(folder, capfd, monkeypatch):
-    small = dict(n_layer=1, n_embd=32, n_hidden=32, batch_tokens=1024, steps=120, log_every=1, data="data/fox")
+    small = dict(n_layer=1, n_embd=32, n_hidden=32, batch_tokens=1024, steps=120, log_every=1)
     small |= dict(pos="rope", compile="off", device="cpu")
     monkeypatch.setattr(experiments, "runs_of", lambda preset: {"rope": small})
     monkeypatch.setattr(experiments, "LENGTHS", (512, 1024))
@@ -178,16 +178,16 @@ def test_a_real_run_is_stopped_resumed_and_evaluated(folder, capfd, monkeypatch)
         (folder / name).unlink()
         (folder / name).symlink_to(ROOT / name)
     fox = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 400, dtype=np.uint8)
-    for text in ("fox", "essay", "speeches"):
-        make_data(folder / "data" / text, fox, fox[:9000])
+    (folder / "data/builtin").rmdir()
+    make_data(folder / "data/builtin", fox, fox[:9000])
     out, argv = folder / "out/tiny/rope-s10", ("fig1", "--runs=rope", "--seeds=10")
     log = out / "log.jsonl"
     stop(capfd, signal.SIGTERM, lambda: log.exists() and log.read_text().count("\n") > 5, *argv)
     step = load_checkpoint(out)["step"]
     assert step < 120 and f"saved at step {step}" in (folder / "out/tiny/rope-s10.log").read_text()
     assert run(*argv) == 0 and f"from step {step}\n" in (folder / "out/tiny/rope-s10.log").read_text()
-    facts = {(r["run"], r["seed"], r["step"], r["trials"], r["train_data"]) for r in kept(folder)}
-    assert facts == {("rope", 10, 120, 2, "data/fox")} and len(kept(folder)) == 3 * 2 * 2  # texts, lengths, p
+    facts = {(r["run"], r["seed"], r["step"], r["trials"], r["data"]) for r in kept(folder)}
+    assert facts == {("rope", 10, 120, 2, "data/builtin")} and len(kept(folder)) == 2 * 2  # lengths, p
     assert (folder / "paper/results/tiny/fig1.png").exists()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 
 import matplotlib.image
@@ -190,6 +192,13 @@ def test_run_folders_make_one_table_and_one_figure_of_each_kind(tmp_path, capsys
     assert sorted(path.name for path in out.iterdir()) == ["eval.md", "eval.png", "loss.png"]
     assert (out / "eval.md").read_text() == TABLE + "\n" and TABLE in capsys.readouterr().out
     assert matplotlib.image.imread(out / "eval.png").shape[1] == 1280  # 6.4 inches at 200 dpi
+
+
+def test_a_terminal_without_utf_8_loses_no_table(tmp_path):
+    write(tmp_path / "eval.jsonl", [record(512, 2, 2.0, data="Bücher"), record(512, 2, 2.0, data="本")])
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, plot.__file__, tmp_path], env=environment, check=True, capture_output=True)
+    assert "| fope, data 本: perplexity | 1 | 2.00 |" in (tmp_path / "eval.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head query heads, K = 
 import functools
 import math
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -341,3 +341,23 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
     model = GPT(GPTConfig(**{name: value for name, value in checkpoint["config"].items() if name in names}))
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
+
+
+@torch.no_grad()
+def scale_frequencies(model: GPT, scaling: str, scale: float) -> None:
+    """Scale the frequencies of a trained model with RoPE or FoPE. Raises UserError.
+
+    The order is that of position_embedding: frequencies are scaled, then FoPE clips those below the floor of N. A pair
+    that is kept before and after keeps its coefficients.
+    """
+    if model.cfg.pos not in ("rope", "fope") or model.cfg.scaling != "none":
+        raise UserError(
+            f"--scaling needs a model with rope or fope that was trained without it, not {model.cfg.pos} "
+            f"with --scaling={model.cfg.scaling}"
+        )
+    model.cfg = replace(model.cfg, scaling=scaling, scale=scale, original_len=model.cfg.train_len)
+    for layer, block in enumerate(model.blocks):
+        trained, block.attention.position = block.attention.position, position_embedding(model.cfg, layer)
+        if (coef := getattr(block.attention.position, "coef", None)) is not None:
+            M = min(coef.shape[-1], trained.coef.shape[-1])
+            coef[..., :M, :M] = trained.coef[..., :M, :M]

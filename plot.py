@@ -1,71 +1,120 @@
-"""Tables and figures from eval.json files, and loss curves from log.jsonl files.
+"""Tables and figures from the records of eval_passkey.py, and loss curves from the logs of train.py.
 
     python plot.py out/tiny-fope-s0                         one run: loss.png, eval.md, eval.png
     python plot.py out/tiny-*/ --out=compare                many runs in one table and one figure of each kind
-    python plot.py out/*/eval.json --title="FoPE extrapolates better than RoPE"
 
-A run folder stands for its eval.json, eval-logn*.json and log.jsonl. Runs named NAME-s0, NAME-s1, .. are seeds of one
-run. The table gives their mean and, in parentheses, their range. A single seed's accuracy comes with its 95 % interval
-in brackets.
+A record is one line of eval.jsonl: a model's configuration, the conditions of a measurement, and what was measured.
+Records that agree in everything but the seed and the length belong to one run. The table gives the mean over the seeds
+and, in parentheses, their range. A single seed's accuracy comes with its 95 % interval in brackets.
 """
 
-import argparse
 import contextlib
-import functools
 import json
 import math
 import os
-import re
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-# The seeds of one run agree in these fields of eval.json, and in the config except for fields that change no result.
-MEASURED = ("train_len", "step", "data", "behind_text", "scaling", "scale", "logn", "eval_tokens", "trials", "dtype")
-SEEDS_MAY_DIFFER = {"seed", "out", "resume", "micro_tokens", "log_every", "eval_every", "save_every", "eval_tokens",
-                    "eval_trials", "device", "dtype", "compile", "wandb"}  # fmt: skip
-LOOK = {"font.size": 13, "savefig.dpi": 200, "axes.spines.top": False, "axes.spines.right": False}
+from common import Parser, UserError, command, replace_file, say
+
+METRICS = {  # what is measured: the field of a record, its name, and whether it counts right trials
+    "perplexity": ("perplexity", False),
+    "loss": ("loss", False),  # in place of perplexity, as in the paper's Table 2
+    "ratio": ("ratio to perplexity on the training text", False),
+    "right": ("passkey accuracy", True),
+}
+NO_EFFECT = {  # fields that do not tell two runs apart, because they change no result beyond rounding
+    *("run", "out", "resume", "micro_tokens", "recompute", "compile", "log_every", "eval_every", "save_every", "wandb"),
+    *("eval_trials", "train_eval_tokens", "train_device", "device", "threads", "torch", "right_by_depth"),
+}
+LOOKS = {  # of the runs that a figure is about; the others are thin
+    "fope": dict(color="#d55e00", linewidth=3.5, marker="o", markersize=7, zorder=2),  # below: it would hide the others
+    "rope": dict(color="black", linewidth=1.8, marker="s", markersize=5, zorder=4),
+}
+OFF = {"logn": 0, "scaling": "none", "committed": None}  # values that no label mentions
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records, tables
 
 
-def read_result(path: Path) -> dict:
-    """An eval.json and, as "file", its path. A file of another name names the run. Raises ValueError."""
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines. A broken line, which a full disk or a killed run left, is skipped."""
     try:
-        result = json.loads(path.read_text())
-        result["trials"], result["train_len"], result["config"]["seed"]
-        if len({len(result[name]) for name in ("lengths", "passkey", "perplexity")}) > 1:
-            raise ValueError
-        name = result["name"] if path.name.startswith("eval") else path.stem
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole result of eval_passkey.py: name another, or evaluate again") from error
-    return result | {"name": name, "file": str(path)}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
+def read(path: Path) -> list[dict]:
+    """The records in an eval.jsonl."""
+    return [line for line in read_lines(path) if {"seed", "length", "trials"} <= line.keys()]
 
 
 def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """{"loss": [(step, nats), ..], "val_loss": [..]} from a log.jsonl. Raises ValueError."""
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-        records = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # half a line: a killed run left it, or train.py is writing it
-                continue
-            if "resumed" in record:  # the lines beyond that step are written again
-                records = [r for r in records if r["step"] <= record["resumed"]]
-            else:
-                records.append(record)
-        curves = {kind: [(r["step"], r[kind]) for r in records if kind in r] for kind in ("loss", "val_loss")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a log of train.py: name a log.jsonl or a run folder") from error
-    if not curves["loss"]:
-        raise ValueError(f"{path} has no loss yet: wait until train.py has logged a step")
-    return curves
+    """{"loss": [(step, nats), ..], "val_loss": [..]} from a log.jsonl."""
+    lines = []
+    for line in read_lines(path):
+        if "resumed" in line:  # the lines beyond that step are written again
+            lines = [earlier for earlier in lines if earlier["step"] <= line["resumed"]]
+        elif "step" in line:
+            lines.append(line)
+    return {kind: [(line["step"], line[kind]) for line in lines if kind in line] for kind in ("loss", "val_loss")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
+def identity(record: dict, *without: str) -> tuple:
+    """What tells a record from others, apart from what was measured: (field, value) pairs, in the order of fields."""
+    left_out = NO_EFFECT | METRICS.keys() | set(without)
+    return tuple(sorted((field, value) for field, value in record.items() if field not in left_out))
+
+
+def group(records: list[dict]) -> dict[str, list[dict]]:
+    """The records of each run, by its label. The last one counts of those that differ in the measured numbers alone."""
+    latest = {(record.get("run"), identity(record)): record for record in records}.values()
+    groups: dict[tuple, list[dict]] = {}
+    for record in sorted(latest, key=lambda record: (record["seed"], record["length"])):
+        groups.setdefault(identity(record, "seed", "length"), []).append(record)
+    for key, some in list(groups.items()):
+        if len({(record["seed"], record["length"]) for record in some}) < len(some):
+            # Two folders have one configuration and one seed: the code was changed between them.
+            for record in groups.pop(key):
+                groups.setdefault((*key, ("run", record.get("run"))), []).append(record)
+    runs = [dict(key) for key in groups]
+    differ = sorted({f for run in runs for f in run if any(run[f] != other.get(f) for other in runs)} - {"pos"})
+    for field in sorted(reversed(differ), key=lambda field: field in OFF):
+        fewer = [other for other in differ if other != field]
+        if len({(*pick(run, fewer), run.get(field)) for run in runs}) == len({pick(run, fewer) for run in runs}):
+            differ = fewer  # what the other fields imply is not mentioned, nor is what most runs have
+    usual = {}
+    for field in differ:
+        value, count = Counter(run.get(field) for run in runs).most_common(1)[0]
+        usual[field] = OFF.get(field, value if 2 * count > len(runs) else None)
+
+    def label(run: dict) -> str:
+        parts = [str(run["pos"])]
+        for field in (field for field in differ if run.get(field) != usual[field]):
+            value = run.get(field)
+            words = f"{field} {value}".removesuffix(".0")
+            parts.append(words if not isinstance(value, bool) else field if value else f"no {field}")
+        return ", ".join(parts)
+
+    def order(pair) -> list:
+        values = pick(pair[0], sorted(["pos", *differ], key=lambda field: (field != "logn", field != "pos")))
+        return [(str(type(value)), value) for value in values]
+
+    return {label(run): some for run, some in sorted(zip(runs, groups.values()), key=order)}
+
+
+def pick(run: dict, fields: list[str]) -> tuple:
+    return tuple(run.get(field) for field in fields)
 
 
 def wilson(right: int, trials: int) -> tuple[float, float]:
@@ -75,238 +124,167 @@ def wilson(right: int, trials: int) -> tuple[float, float]:
     return max((center - spread) / (1 + z * z / trials), 0.0), min((center + spread) / (1 + z * z / trials), 1.0)
 
 
-def accuracy(result: dict) -> list[float]:
-    """The passkey accuracy at each length."""
-    return [right / result["trials"] for right in result["passkey"]]
+def values_of(records: list[dict], metric: str) -> list[float]:
+    """The values of a metric, one for each record that has it."""
+    some = [record for record in records if record.get(metric) is not None]
+    return [record[metric] / (record["trials"] if METRICS[metric][1] else 1) for record in some]
 
 
-def differences(a: dict, b: dict) -> list[str]:
-    """What keeps two results from being seeds of one run. A field that only one of them has is an older version's."""
-    found = [f"{k} {a[k]} and {b[k]}" for k in MEASURED if k in a and k in b and a[k] != b[k]]
-    for k in sorted(a["config"].keys() & b["config"].keys() - SEEDS_MAY_DIFFER):
-        # init_from is a path: each seed continues the run of its own seed.
-        ours, theirs = (re.sub(r"-s\d+", "", str(result["config"][k])) for result in (a, b))
-        found += [f"--{k} {ours} and {theirs}"] * (ours != theirs)
-    return found
+def cell(records: list[dict], metric: str) -> str:
+    """Mean and range of a metric over records that differ in the seed. One accuracy has an interval instead."""
+    values, counted = values_of(records, metric), METRICS[metric][1]
+    if len(values) > 1:
+        return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    interval = (
+        " [{:.2f}, {:.2f}]".format(*wilson(records[0][metric], records[0]["trials"])) if values and counted else ""
+    )
+    return f"{values[0]:.2f}{interval}" if values else ""
 
 
-def group(results: list[dict]) -> dict[str, list[dict]]:
-    """The seeds of each run, by its name without -sSEED. Raises ValueError for results that must not be averaged."""
-    groups: dict[str, list[dict]] = {}
-    for result in results:
-        if result["lengths"] != results[0]["lengths"]:
-            both, a, b = f"{results[0]['file']} and {result['file']}", results[0]["lengths"], result["lengths"]
-            raise ValueError(f"{both} have different lengths, {a} and {b}: use the same --lengths")
-        seeds = groups.setdefault(re.sub(r"-s\d+$", "", result["name"]), [])
-        for other in seeds:
-            both = f"{other['file']} and {result['file']}"
-            if other["config"]["seed"] == result["config"]["seed"]:
-                raise ValueError(f"{both} have the same name and seed {other['config']['seed']}: leave one out")
-            if unlike := differences(other, result):
-                raise ValueError(f"{both} are not two seeds of one run: {', '.join(unlike)}; leave one out")
-        seeds.append(result)
-    return groups
-
-
-def table(results: list[dict]) -> str:
-    """Perplexity and passkey accuracy of each group at each length, in Markdown. Raises ValueError as group() does."""
-    groups, lengths = group(results), results[0]["lengths"]
+def table(records: list[dict]) -> str:
+    """Every metric of every run at each length, in Markdown."""
+    groups, lengths = group(records), sorted({record["length"] for record in records})
     rows = ["| | seeds | " + " | ".join(map(str, lengths)) + " |", "|---" * (len(lengths) + 2) + "|"]
-
-    def add(name: str, values: list[list[float]], intervals=()) -> None:
-        """A row from values[seed][length]. intervals[length] belong to a single seed."""
-        cells = [f"{np.mean(seeds):.2f}" for seeds in zip(*values)]
-        if len(values) > 1:
-            cells = [f"{cell} ({min(seeds):.2f}-{max(seeds):.2f})" for cell, seeds in zip(cells, zip(*values))]
-        elif intervals:
-            cells = [f"{cell} [{low:.2f}, {high:.2f}]" for cell, (low, high) in zip(cells, intervals)]
-        rows.append(f"| {name} | {len(values)} | " + " | ".join(cells) + " |")
-
-    for name, runs in groups.items():
-        add(f"{name}: perplexity", [run["perplexity"] for run in runs])
-    for name, runs in groups.items():
-        if all(run.get("perplexity_ratio") for run in runs):
-            add(f"{name}: ratio to perplexity on own data", [run["perplexity_ratio"] for run in runs])
-    for name, runs in groups.items():
-        intervals = [wilson(right, runs[0]["trials"]) for right in runs[0]["passkey"]]
-        add(f"{name}: passkey", [accuracy(run) for run in runs], intervals)
+    for metric, (name, _) in METRICS.items():
+        for label, some in groups.items():
+            cells = [cell([record for record in some if record["length"] == length], metric) for length in lengths]
+            if any(cells):
+                rows.append(f"| {label}: {name} | {len({r['seed'] for r in some})} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The figures
+# Figures
 
 
-def best_effort(draw):
-    """A figure never costs a result: where matplotlib is missing or fails, draw() prints one line and returns False."""
-
-    @functools.wraps(draw)
-    def attempt(*args, **kwargs) -> bool:
-        try:
-            import matplotlib
-
-            with matplotlib.rc_context(LOOK):
-                draw(*args, **kwargs)
-        except Exception as error:  # a missing package, a broken one, a full disk: each raises its own
-            with contextlib.suppress(OSError):
-                print(f"no figure: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-            return False
-        return True
-
-    return attempt
-
-
-def panels(count: int, lines: int, title: str):
+def panels(count: int, lines: int, title: str, subtitle: str):
     """A figure with its axes in one column, so that a phone can show it, and room for the labels of the lines."""
     from matplotlib.figure import Figure
 
     fig = Figure((6.4, count * max(3.4, 0.9 + 0.3 * lines)), layout="constrained")
     fig.suptitle(textwrap.fill(title, 50), fontsize=14, fontweight="bold")
-    return fig, fig.subplots(count, squeeze=False)[:, 0]
+    axes = fig.subplots(count, squeeze=False)[:, 0]
+    axes[0].set_title(subtitle, fontsize=11)
+    return fig, axes
 
 
-def style(name: str, i: int, logn: bool = False) -> dict:
-    """FoPE is the thick colored line, RoPE black. The others are thin and grey, with a marker of their own.
-
-    logn: the figure has lines of --logn. Then only these are thick.
-    """
-    method = re.fullmatch(r"([^-]+-)?(fope|rope)(-on-.+|-behind-text)?(-logn[\d.]+)?(-s\d+)?", name)
-    if method is None:
-        return dict(color="0.45", linewidth=1, marker="^Dv<>Pd*Xp"[i % 10], markersize=5, zorder=3)
-    rope, thin = method[2] == "rope", logn and not method[4]
-    if rope:
-        return dict(color="black", linewidth=1 if thin else 1.8, marker="s", markersize=5, zorder=4)
-    look = dict(color="#d55e00", marker="o", zorder=2)  # below: a thick line would hide the others
-    return look | (dict(linewidth=1.2, markersize=5) if thin else dict(linewidth=3.5, markersize=7))
-
-
-def label_ends(axis, lines: list) -> None:
+def label_ends(axis) -> None:
     """Write each line's label to the right of its last finite point. Labels that would overlap are moved apart."""
     axis.autoscale_view()
     gap = 0.34 * len(axis.figure.axes) / axis.figure.get_figheight()  # of the axis' height
-    to_axes = axis.transData + axis.transAxes.inverted()
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
     ends = [(line, line.get_xydata()[np.isfinite(line.get_ydata())]) for line in lines]
     ends = sorted((end for end in ends if len(end[1])), key=lambda end: end[1][::-1, 1].tolist())  # lowest first
-    heights = [to_axes.transform(points[-1])[1] for _, points in ends]
+    heights = [(axis.transData + axis.transAxes.inverted()).transform(points[-1])[1] for _, points in ends]
     for i in range(1, len(heights)):  # push up from the lowest, then down from the top of the axis
         heights[i] = max(heights[i], heights[i - 1] + gap)
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], 1 - gap * (len(heights) - 1 - i))
-    joint = dict(arrowstyle="-", color="0.7", shrinkB=4, relpos=(0, 0.5))
     for (line, points), height in zip(ends, heights):
-        place = dict(xytext=(1.04, height), textcoords="axes fraction", va="center")
+        place = dict(xytext=(1.04, height), textcoords="axes fraction", va="center", fontsize=12)
+        joint = dict(arrowstyle="-", color="0.7", shrinkB=4, relpos=(0, 0.5))
         axis.annotate(line.get_label(), points[-1], color=line.get_color(), arrowprops=joint, **place)
 
 
-@best_effort
-def figure(results: list[dict], path: Path, title="", xlabel="length in tokens", varied=None, reference=()) -> None:
-    """Passkey accuracy and perplexity against length: each group's mean, and a band over the range of its seeds.
+def figure(records: list[dict], title: str = ""):
+    """Each metric against length: the mean of each run, and a band over the range of its seeds.
 
-    With `varied` {group: value}, both are drawn against that value instead, with a line for each length. `reference`:
-    results of other runs at the same lengths, drawn dashed to compare with.
+    Committed records are dashed. Variants of one embedding are thin, and where log n is shown, lines without it.
     """
     from matplotlib.ticker import LogFormatter
 
-    groups, lengths = group(results), results[0]["lengths"]
-    groups |= {f"{name} reference": runs for name, runs in group(list(reference)).items()}
-    train_lens = sorted({result["train_len"] for result in results})
-    fig, axes = panels(2, len(lengths if varied else groups), title)
-    for axis, ylabel in zip(axes, ("passkey accuracy", "validation perplexity")):
-        curves: dict[str, dict] = {}  # label: x: one value per seed
-        for name, runs in groups.items():
-            for run in runs:
-                for length, value in zip(lengths, accuracy(run) if axis is axes[0] else run["perplexity"]):
-                    label, x = f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})", length
-                    if varied:
-                        label, x = f"{length} tokens" + " = N" * (train_lens == [length]), varied[name]
-                    curves.setdefault(label, {}).setdefault(x, []).append(value)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        if varied:
-            axis.set_xticks(list(varied.values()))
-        else:
-            ticks = sorted({*lengths, *train_lens})
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks, [f"{x}\n= N" if x in train_lens else str(x) for x in ticks])
-            for train_len in train_lens:
-                axis.axvline(train_len, color="0.6", linewidth=1, linestyle=":")
-        if axis is axes[0]:
+    groups, highest = group(records), max(record["logn"] for record in records)
+    variants = Counter((some[0]["pos"], some[0]["logn"]) for some in groups.values())
+    seeds = sorted({len({record["seed"] for record in some}) for some in groups.values()})
+    subtitle = f"mean of {seeds[0]}{f' to {seeds[-1]}' * (len(seeds) > 1)} seeds; band: lowest to highest"
+    metrics = [metric for metric in reversed(METRICS) if values_of(records, metric)]
+    fig, axes = panels(len(metrics), len(groups), title, subtitle if seeds[-1] > 1 else "")
+    lengths, train_lens = (sorted({record[field] for record in records}) for field in ("length", "train_len"))
+    for axis, (metric, (name, counted)) in zip(axes, ((metric, METRICS[metric]) for metric in metrics)):
+        for i, (label, some) in enumerate(groups.items()):
+            points = {length: values_of([r for r in some if r["length"] == length], metric) for length in lengths}
+            points = {length: values for length, values in points.items() if values}
+            pos, logn = some[0]["pos"], some[0]["logn"]
+            look = LOOKS.get(pos, {"color": "0.45"})
+            if pos not in LOOKS or logn < highest or variants[pos, logn] > 1:
+                look = dict(color=look["color"], linewidth=1, marker="^Dv<>Pd*Xp"[i % 10], markersize=5, zorder=3)
+            look = look | dict(linestyle="--" if some[0].get("committed") else "-")
+            axis.plot(points.keys(), [np.mean(values) for values in points.values()], label=label, **look)
+            low, high = ([end(values) for values in points.values()] for end in (min, max))
+            axis.fill_between(list(points), low, high, color=look["color"], alpha=0.2, linewidth=0)
+        ticks = sorted({*lengths, *train_lens})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{n}\n= N" if n in train_lens else str(n) for n in ticks])
+        axis.set(xlabel="length in tokens", ylabel=textwrap.fill(name, 24))
+        if counted:
             axis.set_ylim(-0.03, 1.03)
         else:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-        lines = []
-        for i, (label, points) in enumerate(curves.items()):
-            look = style(label.split()[0], i, any("-logn" in name for name in groups))
-            if " reference" in label:
-                look |= dict(linewidth=1, linestyle="--")
-            lines += axis.plot(points.keys(), [np.mean(seeds) for seeds in points.values()], label=label, **look)
-            low, high = zip(*((min(seeds), max(seeds)) for seeds in points.values()))
-            axis.fill_between(list(points), low, high, color=look["color"], alpha=0.2, linewidth=0)
-        label_ends(axis, lines)
-    fig.savefig(path)
+        label_ends(axis)
+    return fig
 
 
-@best_effort
-def loss_figure(logs: list[Path], path: Path, title: str = "") -> None:
-    """Training and validation loss against the step, for each log.jsonl; its folder names the run."""
-    fig, (axis,) = panels(1, len(logs), title)
+def loss_figure(logs: list[Path], title: str = ""):
+    """Training and validation loss against the step, for each log.jsonl; its folder names the line."""
+    fig, (axis,) = panels(1, len(logs), title, "pale: training batches; with markers: validation")
     axis.set(xlabel="step", ylabel="loss (nats per token)")
-    axis.set_title("pale: training batches; with markers: validation", fontsize=11)
-    lines = []
     for i, log in enumerate(logs):
-        name, curves = log.resolve().parent.name, read_log(log)
-        look = style(name, i)
-        (last,) = axis.plot(*zip(*curves["loss"]), label=name, color=look["color"], linewidth=1, alpha=0.5)
-        if curves["val_loss"]:
-            (last,) = axis.plot(*zip(*curves["val_loss"]), label=name, **look)
-        lines.append(last)
-    label_ends(axis, lines)
-    fig.savefig(path)
+        curves, name = read_log(log), log.resolve().parent.name
+        axis.plot(*zip(*curves["loss"]), color=f"C{i}", alpha=0.5, label="_" if curves["val_loss"] else name)
+        axis.plot(*zip(*curves["val_loss"]), color=f"C{i}", marker="o", label=name)
+    label_ends(axis)
+    return fig
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+def save(path: Path, draw, *arguments) -> bool:
+    """Writes the figure that draw(*arguments) returns. Without matplotlib or room on the disk, it prints one line.
+
+    Any other error is a bug in this file, and keeps its traceback.
+    """
+    try:
+        import matplotlib.figure
+
+        look = {"font.size": 13, "savefig.dpi": 200, "axes.spines.top": False, "axes.spines.right": False}
+        with matplotlib.rc_context(look):
+            draw(*arguments).savefig(path)
+    except (ImportError, OSError) as error:
+        say(f"no figure: {error}", sys.stderr)
+        return False
+    return True
 
 
+def write(records: list[dict], out: Path, title: str = "", committed: list[dict] = ()) -> str:
+    """Writes eval.md and eval.png, which shows the `committed` records too. Returns the table and what was written."""
+    text = table(records)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / "eval.md", lambda file: file.write(f"{text}\n".encode()))
+    except OSError as error:
+        raise UserError(f"{out}/eval.md could not be written: {error}") from error
+    drawn = save(out / "eval.png", figure, [*records, *committed], title)
+    return f"{text}\n\nwritten: {out}/eval.md" + f", {out}/eval.png" * drawn
+
+
+@command
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"plot.py: {message}")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, eval.json files or log.jsonl files")
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the one that holds all runs)")
     parser.add_argument("--title", default="", help="the result that the figures show")
     args = parser.parse_args(argv)
-    files = []
-    for path in args.runs:
-        inside = [*path.glob("eval.json"), *sorted(path.glob("eval-logn*.json")), *path.glob("log.jsonl")]
-        if not path.exists():
-            parser.error(f"there is no {path}: name the folder of a run, or a file in it")
-        if path.is_dir() and not inside:
-            parser.error(f"{path} has no eval.json and no log.jsonl: name the folder of a run")
-        if [file.name for file in inside] == ["log.jsonl"]:
-            print(f"{path} has no eval.json: only its loss is drawn")
-        files += inside or [path]
-    try:
-        logs = [file for file in files if file.suffix == ".jsonl"]
-        results = [read_result(file) for file in files if file not in logs]
-        for log in logs:
-            read_log(log)
-        text = table(results) if results else ""
-        out = args.out or Path(os.path.commonpath([file.resolve().parent for file in files]))
-        out.mkdir(parents=True, exist_ok=True)
-        if results:
-            (out / "eval.md").write_text(text + "\n")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    drawn = {"eval.md": True} if results else {}
-    if results:
-        drawn["eval.png"] = figure(results, out / "eval.png", args.title)
-    if logs:
-        drawn["loss.png"] = loss_figure(logs, out / "loss.png", args.title)
-    written = ", ".join(f"{out}/{name}" for name, well in drawn.items() if well)
-    print(f"{text}\n\nwritten: {written}".strip())
-    sys.exit(not all(drawn.values()))
+    records = [record for run in args.runs if (run / "eval.jsonl").exists() for record in read(run / "eval.jsonl")]
+    logs = [run / "log.jsonl" for run in args.runs if (run / "log.jsonl").exists()]
+    logs = [log for log in logs if read_log(log)["loss"]]
+    out = args.out or Path(os.path.commonpath([run.resolve() for run in args.runs]))
+    if not records and not logs:
+        raise UserError(f"no eval.jsonl and no log.jsonl with a loss in {out}: name the folders of runs")
+    if records:
+        say(write(records, out, args.title))
+    if logs and save(out / "loss.png", loss_figure, logs, args.title):
+        say(f"written: {out}/loss.png")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -58,7 +58,7 @@ RECIPES = {
     "180M": PAPER | dict(micro_tokens=16_384),
     "1.2B": PAPER | dict(micro_tokens=8192),
 }
-COMPARED = ("rope", "alibi", "kerple")  # whose committed results the figure of `tiny` shows
+COMPARED = ("rope", "alibi", "kerple", "fope")  # committed runs that a figure shows beside a run with the same flags
 PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bfloat16 FLOP/s
 
 
@@ -504,13 +504,13 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
 def main(argv: list[str]) -> None:
     cfg, finished = train(parse_flags(argv))
     if int(os.environ.get("RANK", 0)) == 0:
-        plot.loss_figure([Path(cfg.out) / "log.jsonl"], Path(cfg.out) / "loss.png")
+        plot.save(Path(cfg.out) / "loss.png", plot.loss_figure, [Path(cfg.out) / "log.jsonl"])
         if finished and cfg.eval_trials:
-            options = [f"--trials={cfg.eval_trials}", f"--device={cfg.device}", f"--dtype={cfg.dtype}", "--logn=0,2"]
-            if (cfg.model, cfg.data, cfg.train_len) == ("tiny", "data/builtin", 512):  # as in the committed results
-                results = sorted((Path(__file__).parent / "paper/results/tiny").glob("*-s?.json"))
-                options += ["--reference", *(str(file) for file in results if file.stem[:-3] in COMPARED)]
-            eval_passkey.main([cfg.out, *options])
+            options = dict(trials=cfg.eval_trials, logn="0,2", device=cfg.device, dtype=cfg.dtype)
+            results = Path(__file__).parent / "paper/results/tiny/eval.jsonl"
+            committed = plot.read(results) if results.exists() else []
+            committed = [record for record in committed if record["pos"] in COMPARED and not record["logn"]]
+            eval_passkey.evaluate([Path(cfg.out)], eval_passkey.Options(**options), committed=committed)
     if "RANK" in os.environ:
         # DDP never releases its process group. gloo's threads outlive it, and sometimes abort the process at its end.
         os._exit(0)

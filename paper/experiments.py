@@ -1,61 +1,54 @@
-"""The paper's pre-training experiments. Each is one command, in miniature or at the paper's scale.
+"""The paper's pre-training experiments. Each is one command, with the tiny preset or at the paper's scale.
 
-    python paper/experiments.py fig1                 in miniature: one run per CPU core or GPU, side by side
+    python paper/experiments.py fig1                 tiny: one run per CPU core or GPU, side by side
     python paper/experiments.py fig1 --scale=1.2B    as in the paper: torchrun on all GPUs, one run after another
 
-A run is a command of train.py and one of eval_passkey.py (two in fig5). They are printed. You can type them instead.
-A run that has a result is skipped. Ctrl-C and SIGTERM let the running commands save, and then the same command resumes.
-Results are in paper/results/SCALE/RUN-sSEED.json. Table and figure, EXPERIMENT.md and .png beside them, show all seeds.
+A run is a command of train.py and some of eval_passkey.py. They are printed. You can type them instead. A run whose
+records exist is skipped. Ctrl-C and SIGTERM let the running commands save, and then the same command resumes. Records
+are in paper/results/SCALE/eval.jsonl. Table and figure, EXPERIMENT.md and .png beside them, show all seeds.
 """
 
-import argparse
 import itertools
-import json
+import math
 import os
+import queue
 import subprocess
 import sys
-import tempfile
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import plot
-from common import UserError as fail_type, replace_file, say
+from common import Parser, UserError, command, replace_file, say
 from data.prepare import builtin
-from eval_passkey import numbers
-from train import TrainConfig, configure, on_stop, parse_flags
+from eval_passkey import append, numbers
+from train import TrainConfig, configure, on_stop
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The grid
 
-SCALES = {name: f"--model={name}" for name in ("tiny", "60M", "180M", "1.2B")}
-LENGTHS = "512,1024,2048,4096,8192"
-
-EXPERIMENTS = {  # the runs of each, in the order of the paper's legend
+SCALES = ("tiny", "60M", "180M", "1.2B")
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+EXPERIMENTS = {  # the runs of each
     "fig1": ["nope", "alibi", "kerple", "fire", "rope", "fope"],
     "fig4": ["rope-then-yarn", "rope-then-fope", "fope-then-yarn", "fope-then-fope"],
-    "fig5": ["fope", "rope", "alibi"],
+    "fig5": ["books-fope", "books-rope", "books-alibi"],
     "fig6a": ["fope", "fope-no-fs", "fope-no-cf", "rope", "fope-double-head-dim", "fope-double-heads-layers"],
-    "fig6b": ["fope-no-fs", "fope-sigma0.1", "fope-sigma0.2", "fope", "fope-sigma0.4", "fope-sigma0.5"],
+    "fig6b": ["fope-sigma0", "fope-sigma0.1", "fope-sigma0.2", "fope", "fope-sigma0.4", "fope-sigma0.5"],
     "fig6c": ["fope", "fope-d32", "fope-d64", "fope-d128"],
     "table2": ["rope", "rope-qknorm", "rope-a", "rope-a-qknorm", "nope", "nope-qknorm"],
     "release": ["fope", "fope-release", "fope-normal"],
     "logn": ["alibi", "kerple", "fire", "rope", "fope"],
 }
-LOGN = {  # the runs of each whose results with log n, p = 2, are shown too
+LOGN = {  # the runs of each that are shown with log n too, p = 2
     "fig1": ["rope", "fope"],
-    "fig6a": ["fope", "fope-no-fs", "fope-no-cf"],
+    "fig6a": ["fope", "fope-no-fs", "fope-no-cf", "books-fope", "books-fope-no-fs", "books-fope-no-cf"],
     "table2": ["rope", "rope-qknorm"],
     "logn": EXPERIMENTS["logn"],
-}
-VARIED = {  # figures whose x axis is not the length
-    "fig6b": dict(xlabel="sigma", varied=dict(zip(EXPERIMENTS["fig6b"], (0, 0.1, 0.2, 0.3, 0.4, 0.5)))),
-    "fig6c": dict(xlabel="n_freqs, 0: the kept ones", varied=dict(zip(EXPERIMENTS["fig6c"], (0, 32, 64, 128)))),
 }
 TITLES = {  # of the figures of tiny that the pages show
     "fig1": "With log n at test time, FoPE finds nine keys in ten at 4N. RoPE finds none",
@@ -63,231 +56,205 @@ TITLES = {  # of the figures of tiny that the pages show
 }
 
 
-def flags_of_runs(p: TrainConfig) -> dict[str, str]:
-    """What each run changes about the preset p. A run START-then-NAME continues the run START."""
-    doubled = f"--n_embd={2 * p.n_embd} --n_hidden={2 * p.n_hidden}"
-    # A tenth of the tokens at 2N. The paper gives no schedule: we halve lr, and warm up for 5 % of the steps.
-    longer = f"--train_len={2 * p.train_len} --steps={p.steps // 10} --warmup={p.steps // 200} --lr={p.lr / 2}"
-    return {
-        **{pos: f"--pos={pos}" for pos in ("nope", "alibi", "kerple", "fire", "rope", "fope")},
-        "rope-then-yarn": f"--pos=rope --scaling=yarn {longer}",
-        "rope-then-fope": f"--pos=fope {longer}",
-        "fope-then-yarn": f"--pos=fope --scaling=yarn {longer}",
-        "fope-then-fope": f"--pos=fope {longer}",
-        "fope-no-fs": "--fourier_series=false",
-        "fope-no-cf": "--clip_floor=false",
+TEXT = ("data", "source", "eval_tokens")  # in these fields, records of two texts differ
+TORCHRUN = ["torchrun", "--standalone", f"--nproc_per_node={max(torch.cuda.device_count(), 1)}"]
+# The paper's Table 1: SmolLM-1.7B continued at 4096 tokens with FoPE and with RoPE, then scored on LongBench. The paper
+# does not name the text, the number of tokens or the learning rate. These are ours.
+TASKS = ",".join(f"longbench_{task}_e" for task in ("gov_report", "multi_news", "trec", "triviaqa", "samsum"))
+CONTINUE = """\
+{torchrun} train.py --init_from=out/smollm --pos={pos} --sigma=0.6 --train_len=4096 --data=data/gutenberg-smollm \
+--batch_tokens=524288 --steps=1907 --warmup=95 --optimizer=adamw --lr=1e-4 --recompute --eval_trials=0 \
+--out=out/table1-{pos}
+python -m hf.convert to out/table1-{pos} out/table1-{pos}-hf --dtype=bfloat16
+lm_eval --model hf --model_args pretrained=out/table1-{pos}-hf,trust_remote_code=True,max_length=32768 \
+--tasks {tasks} --log_samples --output_path out/table1-{pos}-scores"""
+TABLE1 = [
+    "hf download HuggingFaceTB/SmolLM-1.7B --local-dir SmolLM-1.7B",
+    "python -m hf.convert from SmolLM-1.7B out/smollm",
+    "python data/prepare.py gutenberg --tokens=1e9 --tokenizer=out/smollm/tokenizer.json --out=data/gutenberg-smollm",
+    *(CONTINUE.format(torchrun=" ".join(TORCHRUN), pos=pos, tasks=TASKS) for pos in ("fope", "rope")),
+]
+
+
+def runs_of(p: TrainConfig) -> dict[str, dict]:
+    """The flags of every run that change the preset p. init_from is the run that it continues."""
+    doubled = dict(n_embd=2 * p.n_embd, n_hidden=2 * p.n_hidden)
+    runs = {pos: dict(pos=pos) for pos in ("nope", "alibi", "kerple", "fire", "rope", "fope")}
+    runs |= {
+        "fope-no-fs": dict(fourier_series=False),
+        "fope-no-cf": dict(clip_floor=False),
         "fope-double-head-dim": doubled,
-        "fope-double-heads-layers": f"{doubled} --n_head={2 * p.n_head} --n_layer={2 * p.n_layer}",
-        **{f"fope-sigma{sigma}": f"--sigma={sigma}" for sigma in (0.1, 0.2, 0.4, 0.5)},
-        **{f"fope-d{d}": f"--n_freqs={d}" for d in (32, 64, 128)},
-        "rope-qknorm": "--pos=rope --qk_norm",
-        "rope-a": "--pos=rope --whole_cycles",
-        "rope-a-qknorm": "--pos=rope --whole_cycles --qk_norm",
-        "nope-qknorm": "--pos=nope --qk_norm",
-        "fope-release": "--zero_phase=false",
-        "fope-normal": "--coef_init=normal",
+        "fope-double-heads-layers": doubled | dict(n_head=2 * p.n_head, n_layer=2 * p.n_layer),
+        **{f"fope-sigma{sigma}": dict(sigma=sigma) for sigma in (0, 0.1, 0.2, 0.4, 0.5)},
+        **{f"fope-d{d}": dict(n_freqs=d) for d in (32, 64, 128)},
+        "rope-qknorm": dict(pos="rope", qk_norm=True),
+        "rope-a": dict(pos="rope", whole_cycles=True),
+        "rope-a-qknorm": dict(pos="rope", whole_cycles=True, qk_norm=True),
+        "nope-qknorm": dict(pos="nope", qk_norm=True),
+        "fope-release": dict(zero_phase=False),
+        "fope-normal": dict(coef_init="normal"),
     }
+    books = "data/books" if p.model == "tiny" else "data/gutenberg"
+    runs |= {f"books-{name}": flags | dict(data=books) for name, flags in runs.items()}
+    # A tenth of the tokens at 2N. The paper gives no schedule: we halve lr, and warm up for 5 % of the steps.
+    longer = dict(train_len=2 * p.train_len, steps=p.steps // 10, warmup=p.steps // 200, lr=p.lr / 2)
+    for start in ("rope", "fope"):
+        runs[f"{start}-then-yarn"] = dict(pos=start, init_from=start, scaling="yarn") | longer
+        runs[f"{start}-then-fope"] = dict(pos="fope", init_from=start) | longer
+    return runs
 
 
-def runs_of(experiment: str, scale: str) -> list[str]:
-    """books-RUN is RUN trained on books and tested on other text: Figure 5 and, at the paper's scale, Figure 6a."""
-    books = experiment == "fig5" or (experiment == "fig6a" and scale != "tiny")
-    return [f"books-{run}" if books else run for run in EXPERIMENTS[experiment]]
+def runs_in(experiment: str, scale: str) -> list[str]:
+    """The runs of an experiment. At the paper's scale, those of Figure 6a are trained on books."""
+    books = "books-" if experiment == "fig6a" and scale != "tiny" else ""
+    return [books + run for run in EXPERIMENTS[experiment]]
 
 
-def torchrun() -> str:
-    return f"torchrun --standalone --nproc_per_node={max(torch.cuda.device_count(), 1)}"
+def records_in(file: Path) -> list[dict]:
+    return plot.read(file) if file.exists() else []
 
 
-def commands(run: str, seed: int, scale: str, trials: int) -> dict[str, str]:
-    """The commands of a run in their order, and the folder that each works in."""
-    flags = flags_of_runs(configure(parse_flags(SCALES[scale].split())))
-    python = "python" if scale == "tiny" else torchrun()
-    books, start, lines = run.startswith("books-"), run.split("-then-")[0], {}
-    train_on, test_on = ("books", ("speeches", "essay")) if scale == "tiny" else ("gutenberg", ("c4",))
-    for name in dict.fromkeys([start, run]):
-        out = f"out/{scale}/{name}-s{seed}"
-        line = f"{python} train.py {SCALES[scale]} {flags[name.removeprefix('books-')]}"
-        line += f" --data=data/{train_on}" if books else ""
-        line += f" --init_from=out/{scale}/{start}-s{seed}" if name != start else ""
-        line += f" --seed={seed} --out={out} --eval_trials=0"
-        line += " --resume" if (ROOT / out).exists() else ""
-        lines[line] = out
-    line = f"python eval_passkey.py {out} --lengths={LENGTHS} --trials={trials}"
-    line += " --logn=0,2" if run.removeprefix("books-") in itertools.chain(*LOGN.values()) else ""
-    return lines | ({f"{line} --data=data/{name}": out for name in test_on} if books else {line: out})
+def words_of(flags: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def table1() -> list[str]:
-    """The paper's Table 1: SmolLM-1.7B continued at 4096 tokens with FoPE and with RoPE, then scored on LongBench.
-
-    The paper does not name the text, the number of tokens or the learning rate. These are ours.
-    """
-    data = "data/gutenberg-smollm"
-    tasks = ",".join(f"longbench_{task}_e" for task in ("gov_report", "multi_news", "trec", "triviaqa", "samsum"))
-    lines = [
-        "hf download HuggingFaceTB/SmolLM-1.7B --local-dir SmolLM-1.7B",
-        "python -m hf.convert from SmolLM-1.7B out/smollm",
-        f"python data/prepare.py gutenberg --tokens=1e9 --tokenizer=out/smollm/tokenizer.json --out={data}",
-    ]
-    for pos in ("fope", "rope"):
-        out = f"out/table1-{pos}"
-        lines += [
-            f"{torchrun()} train.py --init_from=out/smollm --pos={pos} --sigma=0.6 "
-            f"--train_len=4096 --data={data} --batch_tokens=524288 --steps=1907 --warmup=95 --optimizer=adamw "
-            f"--lr=1e-4 --recompute --eval_trials=0 --out={out}",
-            f"python -m hf.convert to {out} {out}-hf --dtype=bfloat16",
-            f"lm_eval --model hf --model_args pretrained={out}-hf,trust_remote_code=True,max_length=32768 "
-            f"--tasks {tasks} --log_samples --output_path {out}-scores",
-        ]
-    return lines
+def commands(run: str, seed: int, scale: str, trials: int, records: list[dict]) -> list[list[str]]:
+    """The words of the commands that a run takes: none if its records exist."""
+    runs, tiny = runs_of(configure({"model": scale})), scale == "tiny"
+    texts, powers = ["data/builtin" if tiny else "data/c4"], (0, 2) if run in sum(LOGN.values(), []) else (0,)
+    if "data" in runs[run]:  # a run on books is measured on other text too
+        texts = [runs[run]["data"], *(["data/essay", "data/speeches"] if tiny else ["data/c4"])]
+    last = dict(run=run, seed=seed, trials=trials, data=texts[-1], logn=powers[-1], length=LENGTHS[-1])
+    if any(last.items() <= {name: record[name] for name in last}.items() for record in records):
+        return []
+    found = []
+    for name in dict.fromkeys([runs[run].get("init_from", run), run]):
+        flags, out = runs[name] | dict(seed=seed, eval_trials=0), f"out/{scale}/{name}-s{seed}"
+        if "init_from" in flags:
+            flags["init_from"] = f"out/{scale}/{flags['init_from']}-s{seed}"
+        flags |= dict(out=out, resume=True) if (ROOT / out).exists() else dict(out=out)
+        found.append([*(["python"] if tiny else TORCHRUN), "train.py", f"--model={scale}", *words_of(flags)])
+    flags = dict(lengths=",".join(map(str, LENGTHS)), logn=",".join(map(str, powers)), trials=trials)
+    return found + [["python", "eval_passkey.py", out, *words_of(flags | dict(data=text))] for text in texts]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The driver
 
 
-def done(out: str, line: str) -> bool:
-    """Checks a command that ended with status 0. Copies the result of an evaluation to paper/results."""
-    if "train.py" in line:  # a training that a signal stopped has status 0 too
-        last = json.loads((ROOT / out / "log.jsonl").read_text().splitlines()[-1])
-        return last["step"] == configure(parse_flags(line.split("train.py ")[1].split())).steps
-    (run, seed), data = out.removeprefix("out/").rsplit("-s", 1), line.partition("--data=data/")[2]
-    stem = f"eval-on-{data}" if data else "eval"
-    run += "-on-speeches" * (data == "speeches")
-    for logn in ("-logn2", "") if "--logn" in line else ("",):  # RUN itself, without log n, says that the run is done
-        result = (ROOT / out / f"{stem}{logn}.json").read_bytes()
-        kept = ROOT / f"paper/results/{run}{logn}-s{seed}.json"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(kept, lambda file, content=result: file.write(content))
-    say(f"done: {kept}")
-    return True
+class Driver:
+    """Carries out jobs side by side. What their commands print is in out/SCALE/RUN-sSEED.log."""
 
+    def __init__(self, scale: str, environments: list[dict]):
+        self.scale, self.processes, self.stopped, self.failed = scale, [], False, []
+        self.free = queue.SimpleQueue()  # each job takes the environment of one GPU or core
+        for environment in environments:
+            self.free.put(environment)
 
-def worker(jobs, environment: dict[str, str], failed: list[str]):
-    """Takes jobs from an iterator that all workers share, and runs their commands one after another.
+    def stop(self, *signal) -> None:
+        """Lets the running commands save and end, and starts no other."""
+        self.stopped = True
+        for process in self.processes:
+            process.terminate()
 
-    This is a generator. It yields each process that it starts. Call it again when the process has ended.
-    """
-    for job in jobs:
-        for line, out in job.items():
-            say(" ".join([*(f"{name}={value}" for name, value in environment.items()), line]))
-            program, *words = line.split()
-            words = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
+    def call(self, words: list[str], log: Path, environment: dict) -> bool:
+        """Prints a command and carries it out. Returns whether it succeeded."""
+        say(" ".join([*(f"{name}={value}" for name, value in environment.items()), *words]))
+        words = [sys.executable, *(["-m", "torch.distributed.run"] if words[0] == "torchrun" else []), *words[1:]]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file:
+            # A session of its own: Ctrl-C in a terminal reaches the driver only, which sends one SIGTERM.
+            options = dict(cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True)
+            self.processes.append(process := subprocess.Popen(words, **options))
+        if self.stopped:
+            process.terminate()
+        return process.wait() == 0
+
+    def carry_out(self, jobs: list[dict]) -> None:
+        """Carries out the commands of jobs one after another, and copies the new records to paper/results."""
+        environment = self.free.get()
+        for job in jobs:
+            out = f"out/{self.scale}/{job['run']}-s{job['seed']}"
+            before = len(records_in(ROOT / out / "eval.jsonl"))
             log = ROOT / f"{out}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "a") as file:
-                # A session of its own: Ctrl-C in a terminal reaches the driver only, which sends one SIGTERM.
-                options = dict(cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file)
-                process = subprocess.Popen(words, start_new_session=True, **options)
-            yield process
-            if process.returncode or not done(out, line):
-                say(f"{out} is not finished, status {process.returncode}: see {log}", sys.stderr)
-                failed.append(out)
-                break
+            ended = all(not self.stopped and self.call(words, log, environment) for words in job["commands"])
+            records = records_in(ROOT / out / "eval.jsonl")[before:]
+            if not ended or any(record["step"] < record["steps"] for record in records):  # a stopped training ends well
+                self.failed.append(out)
+                if not self.stopped:
+                    say(f"{out} is not finished: see {log}", sys.stderr)
+                continue
+            for record in records:  # without the seed in these names, seeds agree in all other fields
+                names = {"run": job["run"], "init_from": job["init_from"]}
+                append(ROOT / f"paper/results/{self.scale}/eval.jsonl", record | names)
+        self.free.put(environment)
 
 
-def carry_out(workers: list) -> None:
-    """Runs the workers side by side until all jobs are done, or a signal asks to stop."""
-    signals = []
-    on_stop(lambda number, frame: signals.append(number))
-    processes = [next(worker, None) for worker in workers]
-    while any(processes) and not signals:
-        time.sleep(0.2)
-        for i, process in enumerate(processes):
-            if process and process.poll() is not None:
-                processes[i] = next(workers[i], None)
-    if signals:
-        for process in filter(None, processes):
-            process.terminate()  # train.py saves
-        for process in filter(None, processes):
-            process.wait()
-        raise fail_type("stopped: the same command resumes")
+def report(experiment: str, scale: str, records: list[dict]) -> None:
+    """Writes the experiment's table and figure, from every seed that has records."""
+    records = [record for record in records if record["run"] in runs_in(experiment, scale)]
+    records = [record for record in records if not record["logn"] or record["run"] in LOGN.get(experiment, ())]
+    if experiment == "table2":  # the paper's Table 2 has losses
+        records = [record | {"loss": math.log(record["perplexity"]), "perplexity": None} for record in records]
+    own = {plot.identity(r, *TEXT): r["perplexity"] for r in records if r["data"] == r["train_data"]}
+    other = [record for record in records if record["data"] != record["train_data"]]
+    for record in other:  # the paper's Figure 6a has ratios
+        record["ratio"] = record["perplexity"] / own[plot.identity(record, *TEXT)]
+    if records:
+        folder, text = ROOT / "paper/results" / scale, plot.table(other or records)
+        replace_file(folder / f"{experiment}.md", lambda file: file.write(f"{text}\n".encode()))
+        title = TITLES.get(experiment, "") if scale == "tiny" else ""
+        plot.save(folder / f"{experiment}.png", plot.figure, other or records, title)
+        say(f"\n{text}\n\nwritten: {folder}/{experiment}.md")
 
 
-def report(experiment: str, scale: str) -> None:
-    """Writes the experiment's table and figure, from every seed that has a result."""
-    folder, title = ROOT / "paper/results" / scale, TITLES.get(experiment, "") if scale == "tiny" else ""
-    names = dict(zip(EXPERIMENTS[experiment], runs_of(experiment, scale)))
-    runs = [*names.values(), *(f"{names[run]}-logn2" for run in LOGN.get(experiment, ()))]
-    runs += [f"{run}-on-speeches" for run in runs if run.startswith("books-")]
-    files = [file for run in runs for file in sorted(folder.glob(f"{run}-s[0-9]*.json"))]
-    try:
-        found = [plot.read_result(file) for file in files]
-        if not found:
-            return
-        text = plot.table(found)
-        if experiment == "table2":  # the paper's Table 2 has losses
-            losses = [result | {"perplexity": np.log(result["perplexity"]).tolist()} for result in found]
-            text = plot.table(losses).replace(": perplexity", ": loss")
-    except ValueError as error:
-        raise fail_type(str(error))
-    (folder / f"{experiment}.md").write_text(text + "\n")
-    drawn = plot.figure(found, folder / f"{experiment}.png", title, **VARIED.get(experiment, {}))
-    say(f"\n{text}\n\nwritten: {folder}/{experiment}.md{' and .png' if drawn else ''}")
-
-
+@command
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("experiment", choices=[*EXPERIMENTS, "table1"], help="table1 only prints its commands, with --dry_run")
+    add("experiment", choices=[*EXPERIMENTS, "table1"], help="table1 only prints its commands")
     add("--scale", choices=SCALES, default="tiny", help="the size of the model (default: tiny)")
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
-    add("--trials", type=int, help="passkey trials per length (default: 50 in miniature, else 1000)")
-    add("--jobs", type=int, help="runs at a time in miniature (default: one on every CPU core or GPU)")
-    add("--dry_run", action="store_true", help="print all commands and end")
+    add("--trials", type=int, help="passkey trials per length (default: 50 for tiny, else 1000)")
+    add("--jobs", type=int, help="runs at a time for tiny (default: one on every CPU core or GPU)")
+    add("--dry_run", action="store_true", help="print the commands and end")
     args = parser.parse_args(argv)
     if args.experiment == "table1":
-        if not args.dry_run:
-            raise fail_type("table1 needs GPUs and a network: type the commands that --dry_run prints")
-        return say("\n".join(table1()))
-    seeds, known = numbers("--seeds", args.seeds, 0), runs_of(args.experiment, args.scale)
-    runs, miniature = args.runs.split(",") if args.runs else known, args.scale == "tiny"
-    trials = (50 if miniature else 1000) if args.trials is None else args.trials
+        return say("\n".join(TABLE1))
+    tiny, known = args.scale == "tiny", runs_in(args.experiment, args.scale)
+    runs, trials = args.runs.split(",") if args.runs else known, args.trials or (50 if tiny else 1000)
     if unknown := set(runs) - set(known):
-        raise fail_type(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
-    if args.scale in ("180M", "1.2B") and args.experiment in VARIED:
-        raise fail_type(f"{args.experiment} varies the 60M model, as the paper does: use --scale=60M or tiny")
-    if trials < 1 or (args.jobs is not None and args.jobs < 1):
-        raise fail_type("--trials and --jobs must be at least 1")
-
-    jobs = {}  # (START, seed): commands. Runs that continue one START are one job, which trains START once
-    for seed in seeds:
-        for run in runs:
-            if args.dry_run or not (ROOT / f"paper/results/{args.scale}/{run}-s{seed}.json").exists():
-                job = jobs.setdefault((run.split("-then-")[0], seed), {})
-                job.update(commands(run, seed, args.scale, trials))
+        raise UserError(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
+    results = ROOT / f"paper/results/{args.scale}/eval.jsonl"
+    flags, jobs = runs_of(configure({"model": args.scale})), {}
+    for seed, run in itertools.product(numbers("seeds", args.seeds, 0), runs):
+        if todo := commands(run, seed, args.scale, trials, [] if args.dry_run else records_in(results)):
+            start = flags[run].get("init_from", "")
+            # Runs that continue one run follow each other, so that it is trained once.
+            job = dict(run=run, seed=seed, init_from=start, commands=todo)
+            jobs.setdefault((start or run, seed), []).append(job)
     if args.dry_run:
-        say("\n".join(line for job in jobs.values() for line in job))
-        return
-    if jobs and miniature and args.experiment == "fig5":
-        for name in (name for name in ("books", "speeches", "essay") if not (ROOT / "data" / name).exists()):
-            raise fail_type(
-                f"there is no data/{name}: python data/prepare.py {name}.jsonl --tokenizer=bytes --out=data/{name}"
-            )
-    try:
-        folder = ROOT / "paper/results" / args.scale
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise fail_type(f"the results cannot be written: {error}")
-    if jobs and miniature and not (ROOT / "data/builtin").exists():
+        every = (" ".join(words) for some in jobs.values() for job in some for words in job["commands"])
+        return say("\n".join(dict.fromkeys(every)))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if tiny and jobs and not (ROOT / "data/builtin").exists():
         builtin(ROOT / "data/builtin")  # before the runs start: only one process may make it
     environments = [{}]  # at the paper's scale, one worker has all GPUs
-    if miniature and not torch.backends.mps.is_available():
-        gpus = torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",")[:gpus]]
-        environments = environments or [{"OMP_NUM_THREADS": "1"}] * cores
+    if tiny:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible.split(",") if torch.cuda.is_available()]
+        environments = environments or [{"OMP_NUM_THREADS": "1"}] * torch.get_num_threads()
         environments = list(itertools.islice(itertools.cycle(environments), args.jobs or len(environments)))
-    queue, failed = iter(jobs.values()), []
-    carry_out([worker(queue, environment, failed) for environment in environments])
-    report(args.experiment, args.scale)
-    sys.exit(bool(failed))
+    driver = Driver(args.scale, environments)
+    on_stop(driver.stop)
+    with ThreadPoolExecutor(len(environments)) as pool:
+        list(pool.map(driver.carry_out, jobs.values()))
+    if driver.stopped:
+        raise UserError("stopped: the same command resumes")
+    report(args.experiment, args.scale, records_in(results))
+    sys.exit(bool(driver.failed))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -60,9 +60,10 @@ def frequencies(N: int = 512, theta: float = 10_000.0, head_dim: int = 64, sigma
     top.legend()
 
     t, M = torch.arange(2 * N + 1), int(kept.sum())
-    rope = RoPE(head_dim=head_dim, theta=theta).cos_sin(t)[0][0].numpy()  # (2 N + 1, head_dim / 2)
+    rope = RoPE(head_dim=head_dim, theta=theta).cos_sin(t, torch.float64)[0][0].numpy()  # (2 N + 1, head_dim / 2)
     fope = np.ones_like(rope)  # the factor of clipped pairs
-    fope[:, :M] = FoPE(n_head=1, head_dim=head_dim, train_len=N, theta=theta, sigma=sigma, seed=0).cos_sin(t)[0][0]
+    position = FoPE(n_head=1, head_dim=head_dim, train_len=N, theta=theta, sigma=sigma, seed=0)
+    fope[:, :M] = position.cos_sin(t, torch.float64)[0][0]
     shown = [m for m in (M - 4, M - 1, M + 1, M + 6) if 0 <= m < len(omega)]
     for row, m in enumerate(shown):
         unseen = (t > N) & (omega[m] * t < 2 * np.pi)
@@ -139,7 +140,7 @@ def mixing(N: int = 512) -> Figure:
 def mixture(sigma: float, seed: int, N: int) -> np.ndarray:
     """h(n) (N,) for two pairs with w = 1 and 0.1 and H = 1, and coefficients N(0, sigma). sigma 0 is RoPE."""
     shape = dict(n_head=1, head_dim=4, train_len=N, theta=100.0)
-    cos, _ = FoPE(**shape, coef_init="normal", sigma=sigma, seed=seed).cos_sin(torch.arange(N))
+    cos, _ = FoPE(**shape, coef_init="normal", sigma=sigma, seed=seed).cos_sin(torch.arange(N), torch.float64)
     return cos[0].sum(-1).numpy()
 
 
@@ -168,7 +169,7 @@ def departure(position: FoPE, T: int) -> float:
     q and k of independent standard normals, the mean square of the logit is the sum of its |.|^2 over the pairs. The
     result is exact: the root of the variance along the diagonals s - t = n over the mean square, for all heads.
     """
-    cos, sin = position.cos_sin(torch.arange(T))  # (n_kv_head, T, M)
+    cos, sin = position.cos_sin(torch.arange(T), torch.float64)  # (n_kv_head, T, M)
     z = torch.complex(cos, sin)
 
     def along_diagonals(x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +210,7 @@ def decay(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Figure:
     """The paper's Figure 8. For q and k of independent N(mean, 1), E h(n) = 2 mean^2 sum_m cos w_m n."""
     fig, (axis,) = panels(1, "RoPE's logit decays with distance only\nif the mean of q and k is not zero")
     n = torch.arange(4 * N)
-    cos = RoPE(head_dim=head_dim, theta=theta).cos_sin(n)[0][0].numpy()  # (4 N, head_dim / 2)
+    cos = RoPE(head_dim=head_dim, theta=theta).cos_sin(n, torch.float64)[0][0].numpy()  # (4 N, head_dim / 2)
     for mean, look in ((1.0, dict(color="0.6", linewidth=1)), (0.0, dict(color="black", linewidth=3))):
         axis.plot(n, 2 * mean**2 * cos.sum(-1) / head_dim**0.5, label=f"mean {mean:g}", **look)
     axis.set(xlabel="distance n in tokens", ylabel="mean logit")
@@ -220,7 +221,7 @@ def decay(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Figure:
 def trained_pairs(N: int = 512, theta: float = 10_000.0) -> Figure:
     """The paper's Figure 7 (there in Llama-2-7B)."""
     fig, axes = panels(2, "After training, |q| and |k| are smaller\nbelow the floor, on average", 2.8)
-    for axis, run in zip(axes, json.loads((RESULTS / "qk_means.json").read_text()).values()):
+    for axis, run in zip(axes, json.loads((RESULTS / "qk_means.json").read_text(encoding="utf-8")).values()):
         pos = run["pos"]
         q, k = (np.array(run[name]) for name in ("q", "k"))  # (layers, heads, head_dim)
         q, k = (x.reshape(-1, 2, x.shape[-1] // 2).mean((0, 1)) for x in (q, k))  # pair m is (m, m + head_dim / 2)
@@ -241,22 +242,22 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
     """
     finding = "" if runs else ".\nWith log n, FoPE's stays up to 8N"
     fig, (axis,) = panels(1, f"Attention on the key fades beyond N{finding}", 4)
-    runs = runs or json.loads((RESULTS / "attention.json").read_text()).values()
+    runs = runs or json.loads((RESULTS / "attention.json").read_text(encoding="utf-8")).values()
     for pos, look in (("rope", dict(color="black", linewidth=2)), ("fope", FOPE)):
-        curves = {0.0: {}, 2.0: {}}  # p: length: one share per seed
-        for run in (run for run in runs if run["pos"] == pos):
-            at_n = np.array(run["rows"][0]["share"])
-            layer, head = np.unravel_index(at_n.argmax(), at_n.shape)
-            for row in run["rows"]:
-                for p in (0.0, 2.0) if row["length"] == run["train_len"] else (row["p"],):
-                    curves[p].setdefault(row["length"], []).append(row["share"][layer][head])
-        for p, points in curves.items():
-            values = list(points.values())
-            label = f"{pos}, {'p = 2' if p else 'without log n'} ({len(values[0])} seed{'s' * (len(values[0]) > 1)})"
-            dash = dict(linestyle="-" if p else "--", linewidth=look["linewidth"] if p else 1.5)
+        for p in (0.0, 2.0):
+            points = {}  # length: one share per seed
+            for run in (run for run in runs if run["pos"] == pos):
+                at_n = np.array(run["rows"][0]["share"])
+                layer, head = np.unravel_index(at_n.argmax(), at_n.shape)
+                for row in run["rows"]:
+                    if row["p"] == p or row["length"] == run["train_len"]:  # up to N, log n changes nothing
+                        points.setdefault(row["length"], []).append(row["share"][layer][head])
+            values, dash = list(points.values()), {} if p else dict(linestyle="--", linewidth=1.5)
+            label = f"{pos}, p = 2" if p else f"{pos}, without log n"
             axis.plot(list(points), [np.mean(v) for v in values], label=label, marker="o", **look | dash)
             low, high = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(list(points), low, high, color=look["color"], alpha=0.15, linewidth=0)
+    axis.set_title(f"mean of {len(values[0])} seeds; band: lowest to highest" if len(values[0]) > 1 else "one seed")
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(points), [str(length) for length in points])
     axis.set(xlabel="length in tokens", ylabel="share of the attention\non the key's digits", ylim=(-0.03, 1.03))
@@ -267,16 +268,8 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
 def main() -> None:
     torch.set_num_threads(1)  # many small operations: more threads would wait for each other
     FOLDER.mkdir(exist_ok=True)
-    for draw in (
-        frequencies,
-        truncation,
-        mixing,
-        blind_coefficients,
-        both_positions,
-        decay,
-        trained_pairs,
-        attention_on_key,
-    ):
+    explain = (frequencies, truncation, mixing, blind_coefficients, both_positions, decay)
+    for draw in (*explain, trained_pairs, attention_on_key):
         draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=200)
         print(f"written: {FOLDER / draw.__name__}.png")
     print("\ndeparture of the logit from a function of distance, N = 512, five draws: mean (range)")

@@ -8,7 +8,6 @@
 figures.py draws what the first two files hold.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -21,8 +20,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import UserError, find_device, say
-from common import UserError as fail_type
+from common import Parser, command, find_device, replace_file, say
 from data.read import load
 from data.tokenizer import get_tokenizer
 from eval_passkey import passkey_trials
@@ -61,7 +59,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
         block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
         for block in model.blocks
     ]
-    own, rows = model.logn, []
+    trained_logn, rows = model.logn, []
     for length in (N * m for m in (1, 2, 4, 8, 16)):
         documents, _, _ = passkey_trials(tokenizer, length, trials, 0)
         for p in (0.0, 2.0) if length > N else (0.0,):
@@ -77,7 +75,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
                 found.append([head_numbers(*layer, digits, cfg.d) for layer in seen])
             numbers = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
             rows.append({"length": length, "p": p} | dict(zip(("share", "lead", "spread", "gap"), numbers)))
-    model.logn = own
+    model.logn = trained_logn
     for hook in hooks:
         hook.remove()
     return rows
@@ -130,10 +128,10 @@ def loss_by_position(model: GPT, data: str, split: str, length: int, windows: in
     return [round(x, 4) for x in (total / windows).view(bins, -1).mean(-1).tolist()]
 
 
+@command
 @torch.no_grad()
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
+    parser = Parser(__doc__)
     parser.add_argument("what", choices=("qk", "attention", "loss"))
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py or hf.convert wrote")
     parser.add_argument("--data", help="loss: folder with the text (default: each run's own data)")
@@ -143,33 +141,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     file = RESULTS / {"qk": "qk_means.json", "attention": "attention.json", "loss": "loss_by_position.json"}[args.what]
-    results = json.loads(file.read_text()) if file.exists() else {}  # a run that is measured again replaces its own
-    try:
-        device, _, _ = find_device(args.device)
-    except UserError as error:
-        raise fail_type(str(error))
+    results = (
+        json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    )  # a run that is measured again replaces its own
+    device, _, _ = find_device(args.device)
     for run in args.runs:
-        try:
-            model, checkpoint = load_model(run)
-        except UserError as error:
-            raise fail_type(str(error))
-        model.to(device)
-        cfg = model.cfg
-        facts = {"pos": cfg.pos, "step": checkpoint["step"], "seed": cfg.seed, "train_len": cfg.train_len}
+        model, checkpoint = load_model(run)
+        cfg, data = model.to(device).cfg, args.data or checkpoint["config"]["data"]
+        found = {"pos": cfg.pos, "step": checkpoint["step"], "seed": cfg.seed, "train_len": cfg.train_len}
         if args.what == "qk":
-            found = mean_qk(model, checkpoint)
+            found |= mean_qk(model, checkpoint)
         elif args.what == "attention":
-            found = {"rows": attention_on_key(model, checkpoint)}
+            found |= {"rows": attention_on_key(model, checkpoint)}
+            say(reading_head(found["rows"], cfg.train_len))
         else:
-            data = args.data or checkpoint["config"]["data"]
-            found = {"data": data, "length": args.length, "windows": args.windows,
-                     "loss": loss_by_position(model, data, args.split, args.length, args.windows)}  # fmt: skip
-        results[run.name] = facts | found
-        file.write_text(json.dumps(results) + "\n")
+            found |= {"data": data, "length": args.length, "windows": args.windows}
+            found |= {"loss": loss_by_position(model, data, args.split, args.length, args.windows)}
+        results[run.name] = found
+        replace_file(file, lambda f: f.write(json.dumps(results).encode() + b"\n"))
         say(f"{run} is in {file}")
-        if args.what == "attention":
-            say(reading_head(found["rows"], model.cfg.train_len))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

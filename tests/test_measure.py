@@ -1,11 +1,11 @@
 """paper/measure.py: against sums written out and against attention weights that transformers computes."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_data, make_run
 
 from baselines import KERPLE
 from data.tokenizer import get_tokenizer
@@ -18,14 +18,10 @@ SHAPE = dict(n_layer=2, n_head=2, n_embd=32, n_hidden=32, vocab_size=320, train_
 
 
 def run(folder, tokens=(), **options):
-    """A run folder with a random model and a data folder of these tokens."""
-    cfg = GPTConfig(**SHAPE | options)
-    model = GPT(cfg).eval()
-    folder.mkdir()
-    np.array(tokens, np.uint16).tofile(folder / "val.bin")
-    facts = {"step": 7, "tokenizer": "bytes", "config": asdict(cfg) | {"data": str(folder)}}
-    torch.save(facts | {"model": model.state_dict()}, folder / "ckpt.pt")
-    return model
+    """A run folder with a random model, and beside it a data folder with these tokens. Returns the model."""
+    if len(tokens):
+        make_data(folder.parent / "data", tokens, tokens)
+    return make_run(folder, GPT(GPTConfig(**SHAPE | options)), step=7, data=folder.parent / "data")
 
 
 def test_measured_means_are_those_of_q_and_k(tmp_path, monkeypatch):
@@ -92,10 +88,8 @@ def test_a_learned_bias_is_part_of_the_attention_on_the_key():
 def test_loss_by_position_is_the_mean_over_texts(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 64, 2 * 96 + 1).astype(np.uint16)
     model = run(tmp_path / "run", tokens, train_len=32)
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16"}
-    (tmp_path / "run" / "meta.json").write_text(json.dumps(meta))
     with torch.no_grad():
-        found = measure.loss_by_position(model, str(tmp_path / "run"), "val", 96, 2, bins=4)
+        found = measure.loss_by_position(model, str(tmp_path / "data"), "val", 96, 2, bins=4)
         x = torch.from_numpy(tokens[:-1].astype(np.int64)).view(2, 96)
         y = torch.from_numpy(tokens[1:].astype(np.int64)).view(2, 96)
         losses = -model(x).log_softmax(-1).gather(-1, y[..., None])[..., 0]

@@ -6,18 +6,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import eval_passkey
+import plot
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": 1800,
-    "paper/README.md": 3500,
+    "paper/README.md": 3600,
     "data/README.md": 1200,
     "hf/README.md": 850,
 }  # and their words at most
@@ -41,7 +43,9 @@ def test_commands_of_the_pages_are_valid(command):
     elif "train.py" in words:
         train.configure(train.parse_flags(words[words.index("train.py") + 1 :]))
     elif words[1] == "eval_passkey.py":
-        eval_passkey.parse(words[2:])
+        with mock.patch("eval_passkey.evaluate") as evaluate:
+            eval_passkey.main(words[2:])
+        evaluate.assert_called_once()
     elif words[1] == "-m":
         assert words[2] == "pytest" or (words[2] == "hf.convert" and words[3] in ("from", "to") and len(words) == 6)
     else:
@@ -91,34 +95,55 @@ def test_the_verdicts_have_the_numbers_of_the_committed_tables():
     assert checked > 60
 
 
-def results(folder, run):
-    """The results of the four seeds of a run."""
-    # In the order of the seeds, as in the tables, so that both sums round alike.
-    files = sorted((ROOT / "paper/results" / folder).glob(f"{run}-s[0-9].json"))
-    found = [json.loads(file.read_text()) for file in files]
-    assert len(found) == 4
-    return found
+def test_pandas_reads_records_as_the_page_shows(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    (block,) = blocks("paper/README.md", "python")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/tiny-fope-s0").symlink_to(ROOT / "paper/results/cpu")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert "8192      0.0      5.4030" in capsys.readouterr().out
 
 
-def passkey(found):
-    """The accuracy, (seeds, lengths)."""
-    return np.array([[right / r["trials"] for right in r["passkey"]] for r in found])
+# ----------------------------------------------------------------------------------------------------------------------
+# The numbers that a page cites are those of the committed records
+
+
+def measured(folder, metric="right", seeds=(0, 1, 2, 3), logn=0, **fields):
+    """A metric of the records with these fields, (seeds, lengths)."""
+    fields |= {"logn": logn}
+    found = [r for r in plot.read(ROOT / f"paper/results/{folder}/eval.jsonl") if fields.items() <= r.items()]
+    found = {(r["seed"], r["length"]): r for r in found}
+    lengths = sorted({length for _, length in found})
+    assert len(found) == len(seeds) * len(lengths) > 0
+    return np.array([plot.values_of([found[seed, length] for length in lengths], metric) for seed in seeds])
+
+
+def cells(values):
+    return [f"{x.mean():.2f} ({x.min():.2f}-{x.max():.2f})" for x in values.T]
+
+
+def page(name="paper/README.md"):
+    return " ".join((ROOT / name).read_text().split())  # a sentence may be broken anywhere
 
 
 def test_at_n_the_four_embeddings_find_399_or_400_of_400_keys():
-    found = [r for run in ("rope", "fope", "alibi", "kerple") for r in results("trials400", run)]
-    assert {(*r["passkey"], r["trials"], *r["lengths"]) for r in found} == {(399, 400, 512), (400, 400, 512)}
+    for run in ("rope", "fope", "alibi", "kerple"):
+        assert set(measured("trials400", run=run, trials=400, length=512).flat) <= {399 / 400, 1.0}
 
 
-def test_the_front_page_shows_what_train_py_printed():
-    page = (ROOT / "README.md").read_text()
-    for run in ("fope", "fope-logn2"):
-        result = json.loads((ROOT / f"paper/results/cpu/{run}-s0.json").read_text())
-        for name, values in (("perplexity", result["perplexity"]), ("passkey", passkey([result])[0])):
-            assert f"| tiny-{run}: {name} | 1 | {' | '.join(f'{x:.2f}' for x in values)} |\n" in page
+LOGN = ("", 0), (", logn 2", 2)  # what a label adds
 
 
-def test_the_front_page_compares_what_the_results_hold():
+@pytest.mark.parametrize("label, logn", LOGN)
+def test_the_front_page_shows_what_train_py_printed(label, logn):
+    for metric in ("perplexity", "right"):
+        (values,) = measured("cpu", metric, seeds=[0], logn=logn)
+        row = f"| fope{label}: {plot.METRICS[metric][0]} | 1 | {' | '.join(f'{x:.2f}' for x in values)} |"
+        assert row in page("README.md")
+
+
+def test_the_front_page_compares_what_the_records_hold():
     names = (
         "passkey; perplexity at N",
         "passkey at 2N, 4N",
@@ -126,30 +151,60 @@ def test_the_front_page_compares_what_the_results_hold():
         "passkey; perplexity at 16N",
     )
     columns = []
-    for run in ("rope", "fope", "fope-logn2", "alibi", "kerple"):
-        found = results("tiny", run)
-        n, n2, n4, _, n16 = passkey(found).mean(0)
-        behind = passkey(results("behind_text", run)).mean(0)[2]
-        first, *_, last = np.mean([r["perplexity"] for r in found], axis=0)
+    for run, logn in (("rope", 0), ("fope", 0), ("fope", 2), ("alibi", 0), ("kerple", 0)):
+        n, n2, n4, _, n16 = measured("tiny", run=run, logn=logn).mean(0)
+        behind = measured("behind_text", run=run, logn=logn).mean(0)[2]
+        first, *_, last = measured("tiny", "perplexity", run=run, logn=logn).mean(0)
         columns.append([f"{n:.2f}; {first:.2f}", f"{n2:.2f}, {n4:.2f}", f"{behind:.2f}", f"{n16:.2f}; {last:.2f}"])
-    page = (ROOT / "README.md").read_text()
     for name, *row in zip(names, *columns):
-        assert f"| {name} | {' | '.join(row)} |\n" in page
+        assert f"| {name} | {' | '.join(row)} |" in page("README.md")
 
 
-def test_the_probe_behind_text_has_the_numbers_of_the_results():
-    page = (ROOT / "paper/README.md").read_text()
-    labels = {"alibi": "ALiBi", "kerple": "KERPLE", "fope": "FoPE", "rope": "RoPE"}
-    labels |= {f"{run}-logn2": f"{labels[run]}, `--logn=2`" for run in ("fope", "rope")}
-    for run, label in labels.items():
-        columns = passkey(results("behind_text", run)).T
-        cells = [f"{x.mean():.2f} ({x.min():.2f}-{x.max():.2f})" for x in columns]
-        assert f"| {label} | {' | '.join(cells)} |\n" in page
+PROBE = {"ALiBi": "alibi", "KERPLE": "kerple", "FoPE": "fope", "RoPE": "rope"}
+
+
+@pytest.mark.parametrize("label", [*PROBE, "FoPE, `--logn=2`", "RoPE, `--logn=2`"])
+def test_the_probe_behind_text_has_the_numbers_of_the_records(label):
+    name, comma, _ = label.partition(",")
+    values = measured("behind_text", run=PROBE[name], logn=2 * len(comma), behind_text=True)
+    assert f"| {label} | {' | '.join(cells(values))} |" in page()
+
+
+def test_the_powers_of_log_n_have_the_numbers_of_the_records():
+    powers = [measured("powers", seeds=[0], logn=p)[0] for p in (0.5, 1, 1.5)]
+    powers += [measured("tiny", run="fope", logn=2)[0, 2:4], measured("powers", seeds=[0], logn=3)[0]]
+    at_4n, at_8n = (", ".join(f"{x:.2f}" for x in values) for values in zip(*powers))
+    assert f"is {at_4n} (seed 0). At 8N, it is {at_8n}." in page()
+
+
+def test_scaling_at_test_time_has_the_numbers_of_the_records():
+    before, after = (cells(measured(name, "perplexity", run="rope"))[1] for name in ("tiny", "yarn2"))
+    right = measured("yarn2", run="rope", scaling="yarn", scale=2.0, train_scaling="none")[:, 1]
+    assert (right.mean(), right.min(), right.max()) == pytest.approx((0.19, 0.08, 0.32), abs=0.00501)
+    assert f"from {before} to {after}. Its passkey accuracy rises from 0.00 to 0.19 (0.08-0.32)." in page()
+
+
+def test_seed_and_rounding_have_the_numbers_of_the_records():
+    h100, cpu = measured("tiny", run="fope")[0, 1], measured("cpu", seeds=[0])[0, 1]
+    assert f"Seed 0 has {h100:.2f} on the H100, {cpu:.2f} [on a CPU]" in page()
+    h100, cpu = measured("tiny", run="fope", logn=2)[0, 2], measured("cpu", seeds=[0], logn=2)[0, 2]
+    assert f"but {h100:.2f}, {cpu:.2f} and 0.32 at 4N" in page()
+
+
+@pytest.mark.parametrize("label, pos", [("FoPE", "fope"), ("RoPE", "rope"), ("KERPLE", "kerple")])
+def test_the_shares_of_attention_are_the_measured_ones(label, pos):
+    runs = json.loads((ROOT / "paper/results/attention.json").read_text()).values()
+    columns = []
+    for run in (run for run in runs if run["pos"] == pos):
+        head = np.unravel_index(np.argmax(run["rows"][0]["share"]), np.shape(run["rows"][0]["share"]))
+        share = {(row["length"] // 512, row["p"]): row["share"][head[0]][head[1]] for row in run["rows"]}
+        columns.append([share[key] for key in ((1, 0), (2, 0), (4, 0), (16, 0), (16, 2))])
+    row = [f"{min(values):.2f}-{max(values):.2f}" for values in zip(*columns)]
+    assert len(columns) == 4 and f"| {label} | {' | '.join(row)} |" in page()
 
 
 def test_the_losses_of_smollm2_are_the_measured_ones():
-    measured = json.loads((ROOT / "paper/results/loss_by_position.json").read_text())
-    page = (ROOT / "hf/README.md").read_text()
+    results = json.loads((ROOT / "paper/results/loss_by_position.json").read_text())
     for run in ("smol", "smol-swap", "smol-fope", "smol-rope"):
-        quarters = torch.tensor(measured[run]["loss"]).view(4, 4).mean(1).tolist()
-        assert f" | {' | '.join(f'{x:.2f}' for x in quarters)} |\n" in page
+        quarters = torch.tensor(results[run]["loss"]).view(4, 4).mean(1).tolist()
+        assert f" | {' | '.join(f'{x:.2f}' for x in quarters)} |\n" in (ROOT / "hf/README.md").read_text()

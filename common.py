@@ -11,7 +11,7 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit(f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed")
 try:
     import fcntl
@@ -71,14 +71,16 @@ def add_flags(parser: Parser, cls) -> None:
     for line in "".join(inspect.getsource(some) for some in cls.__mro__[:-1]).splitlines():
         if heading := re.fullmatch(r"    # (.*)", line):
             group = parser.add_argument_group(heading[1])
-        if (match := re.fullmatch(r"    (\w+): .*?  # (.*)", line)) and match[1] in left:
+        if (match := re.fullmatch(r"    (\w+): .*?\s*# *(.*)", line)) and match[1] in left:
             f = left.pop(match[1])
             (kind,) = {f.type, *typing.get_args(f.type)} & {bool, int, float, str}  # `float | None` is a float
             options = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
             text = f"{match[2]} ({kind.__name__}, default {f.default!r})".replace("%", "%%")
             group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **options)
     if left:
-        raise TypeError(f"{', '.join(left)} of {cls.__name__}: a comment beside the field must say what the flag does")
+        raise TypeError(
+            f"{', '.join(left)} of {cls.__name__}: a comment on the line of the field must say what the flag does"
+        )
 
 
 def at_least(options, least: float, names: str) -> None:

@@ -158,7 +158,7 @@ def measure(path: Path, options: Options):
     model.to(device)
     data = str(Path(options.data or config["data"]))
     text, meta = validation(data, checkpoint, lengths, options.eval_tokens)
-    tokenizer = get_tokenizer(checkpoint["tokenizer"], data)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], data)
 
     def prompts(length: int, trials: int) -> tuple[np.ndarray, ...]:
         before = text[: max(length - N, 0)] if options.behind_text else ()
@@ -173,6 +173,7 @@ def measure(path: Path, options: Options):
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     own = {f"train_{name}" if name in facts or name == "logn" else name: value for name, value in config.items()}
+    own["train_data"] = str(Path(config["data"]))  # without the slash that a shell may add
     for length in lengths:
         documents, answers, depths = prompts(length, options.trials)
         tenths = np.minimum((depths * 10).astype(int), 9)

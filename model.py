@@ -34,7 +34,7 @@ PRESETS = {  # the paper's names count one embedding matrix
 
 @dataclass
 class GPTConfig:
-    """A model's shape and its position embedding."""
+    """A model's shape and its position embedding: all that model.py reads. A checkpoint is rebuilt from these."""
 
     # model
     n_layer: int = 3  # blocks
@@ -116,8 +116,10 @@ def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
     """The position embedding of one layer. To add your own, name it in POSITIONS and build it here.
 
     Attention calls `q, k = position(q, k, positions)` before the cache; it may append channels to q and k. Two methods
-    are optional: `position.bias(i, j)`, added to the logits of queries i and keys j, and `position.constrain()`, which
-    the optimizer's step is followed by. baselines.py has examples of both.
+    are optional, as in baselines.py. `position.bias(i, j)` is added to the logits of queries i and keys j: integer
+    tensors (Tq, 1) and (Tk,) give (n_head, Tq, Tk); with left padding, a batch dimension comes first. Keys with j > i
+    are masked afterwards. `position.constrain()` follows each step of the optimizer. Draw parameters with a generator
+    that has `seed`: init_std does not apply to them.
     """
     seed = position_seed(cfg, layer)
     if cfg.pos == "nope":
@@ -130,9 +132,11 @@ def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
         return FIRE(n_head=cfg.n_head, seed=seed)
     if cfg.pos == "rope":
         return RoPE(head_dim=cfg.d, omega=frequencies(cfg))
-    options = {name: getattr(cfg, name) for name in FOPE_OPTIONS}
-    heads = dict(n_head=cfg.n_head, n_kv_head=cfg.kv_heads, head_dim=cfg.d)
-    return FoPE(**heads, omega=frequencies(cfg), seed=seed, **options)
+    if cfg.pos == "fope":
+        options = {name: getattr(cfg, name) for name in FOPE_OPTIONS}
+        heads = dict(n_head=cfg.n_head, n_kv_head=cfg.kv_heads, head_dim=cfg.d)
+        return FoPE(**heads, omega=frequencies(cfg), seed=seed, **options)
+    raise NotImplementedError(f"{cfg.pos!r} is in POSITIONS, and position_embedding() does not build it")
 
 
 class Attention(nn.Module):
@@ -183,7 +187,10 @@ class Attention(nn.Module):
             visible = (j <= i) & ((j >= first) | (j == i))  # pads see themselves: a row without any key would be NaN
             mask = visible.unsqueeze(-3)  # (1, Tq, Tk) or (B, 1, Tq, Tk)
             if bias:
-                mask = bias(i - first, j - first).masked_fill(~mask, -math.inf).to(q.dtype)
+                added = bias(i - first, j - first)
+                if added.shape[-3:] != (q.shape[1], *mask.shape[-2:]):  # another shape might broadcast silently
+                    raise ValueError(f"bias(i, j) is {tuple(added.shape)}, not ({q.shape[1]}, {len(i)}, {len(j)})")
+                mask = added.masked_fill(~mask, -math.inf).to(q.dtype)
             pieces.append(F.scaled_dot_product_attention(piece, k[..., :end, :], v[..., :end, :], mask, **options))
         return torch.cat(pieces, dim=-2)
 

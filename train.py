@@ -242,6 +242,7 @@ class Batches:
 @torch.no_grad()
 def validate(model: GPT, val_tokens: np.ndarray, rows: int, cfg: TrainConfig, machine: Machine) -> float:
     """Mean loss in nats over the first eval_tokens of the validation text, in sequences of N, `rows` at a time."""
+    model.eval()
     mine = np.arange(min(cfg.eval_tokens, len(val_tokens) - 1) // cfg.train_len)[machine.rank :: machine.world]
     total = torch.zeros((), device=machine.device)
     for i in range(0, len(mine), rows):
@@ -249,6 +250,7 @@ def validate(model: GPT, val_tokens: np.ndarray, rows: int, cfg: TrainConfig, ma
         with machine.autocast():
             total += model(x, y) * len(x)
     total, count = machine.mean(total, len(mine))
+    model.train()
     return total / count
 
 
@@ -275,7 +277,7 @@ def take_weights(model: GPT, source: dict, path: str) -> str:
             x.copy_(theirs[name])
             continue
         drawn = ", missing position coefficients drawn anew"
-        if name in theirs:
+        if name in theirs and name.endswith(".coef"):
             M = min(theirs[name].shape[-1], x.shape[-1])
             x[..., :M, :M] = theirs[name][..., :M, :M]
     return f"weights from {path}{drawn}"
@@ -295,8 +297,10 @@ def make_optimizers(model: GPT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) -> None:
     """Load the weights and the optimizers' states of the run that is resumed."""
-    if shapes(checkpoint["model"]) != shapes(model.state_dict()) or checkpoint["config"]["optimizer"] != cfg.optimizer:
-        raise UserError(f"--resume cannot change the model or the optimizer of {cfg.out}")
+    saved, ours = shapes(checkpoint["model"]), shapes(model.state_dict())
+    if saved != ours or checkpoint["config"]["optimizer"] != cfg.optimizer:
+        other = sorted(name for name in saved | ours if saved.get(name) != ours.get(name))[:1]
+        raise UserError(f"--resume cannot change the model or the optimizer of {cfg.out} {' '.join(other)}")
     model.load_state_dict(checkpoint["model"])
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
@@ -408,7 +412,11 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     optimizers, changed = make_optimizers(raw, cfg), {}
     if checkpoint:
         restore(raw, optimizers, checkpoint, cfg)
-        changed = {k: v for k, v in flags.items() if k not in ("resume", "out") and checkpoint["config"].get(k, v) != v}
+        changed = {
+            k: v
+            for k, v in flags.items()
+            if k not in ("resume", "out") and checkpoint["config"].get(k, getattr(TrainConfig, k)) != v
+        }
         if checkpoint["data"] != data["data"]:
             changed["data"] = cfg.data
     origins = [cfg.data, *([source["folder"]] if source else [])]
@@ -435,6 +443,7 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     step, timed_from, clock = start, start, time.perf_counter()
     for step in range(start + 1, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------- batch, step
+        torch.manual_seed((cfg.seed * 2**24 + step) * machine.world + machine.rank)  # for a model that draws: dropout
         rate = learning_rate(step - 1, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate

@@ -54,7 +54,7 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
     lead - spread^2.
     """
     cfg, N = model.cfg, model.cfg.train_len
-    tokenizer, seen = get_tokenizer(checkpoint["tokenizer"], checkpoint["config"]["data"]), []
+    tokenizer, seen = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], checkpoint["config"]["data"]), []
     hooks = [
         block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
         for block in model.blocks

@@ -27,9 +27,11 @@ def test_train_from_nothing_then_compare(tmp_path):
     meta = json.loads((tmp_path / "data" / "builtin" / "meta.json").read_text())
     assert meta["train"]["tokens"] > 10_000_000 and meta["val"]["tokens"] > 100_000
     fope = tmp_path / "out" / "tiny-fope-s0"
-    assert {"ckpt.pt", "log.jsonl", "loss.png", "eval.md", "eval.png"} <= {path.name for path in fope.iterdir()}
+    names = {path.name for path in fope.iterdir()}
+    assert names == {"ckpt.pt", "eval.jsonl", "eval.md", "eval.png", "log.jsonl", "loss.png"}
     assert (fope / "eval.md").read_text() in printed
     assert "| | seeds | 256 | 512 | 1024 | 2048 | 4096 |" in printed
+    assert json.loads((fope / "eval.jsonl").read_text().splitlines()[0])["trials"] == 2
 
     printed = run(tmp_path, "train.py", *SMALL, "--pos=rope", "--eval_trials=0", "--seed=1")
     assert "making the built-in corpus" not in printed  # it is there
@@ -38,6 +40,6 @@ def test_train_from_nothing_then_compare(tmp_path):
     assert [folder.name for folder in folders] == ["tiny-fope-s0", "tiny-rope-s1"]
     run(tmp_path, "eval_passkey.py", folders[1], "--trials=2", "--device=cpu")
     printed = run(tmp_path, "plot.py", *folders)
-    for name in ("tiny-fope: passkey", "tiny-fope: perplexity", "tiny-rope: perplexity"):
+    for name in ("fope: perplexity", "fope, logn 2: perplexity", "rope: perplexity"):
         assert f"| {name} | 1 |" in printed
     assert {"eval.md", "eval.png", "loss.png"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -46,7 +46,7 @@ def test_attention_on_the_key_is_that_of_transformers(tmp_path):
     options = dict(trust_remote_code=True, attn_implementation="eager")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", **options).eval()
     with torch.no_grad():
-        rows = measure.attention_on_key(ours, {"tokenizer": "bytes", "config": {"data": ""}}, trials=2)
+        rows = measure.attention_on_key(ours, {"tokenizer": "bytes", "folder": "", "config": {"data": ""}}, trials=2)
     assert [(row["length"] // N, row["p"]) for row in rows][:3] == [(1, 0), (2, 0), (2, 2)] and len(rows) == 9
     for row in (rows[0], rows[2]):  # the exported model has p = 2, which acts beyond N only
         documents, _, _ = passkey_trials(get_tokenizer("bytes"), row["length"], 2, 0)

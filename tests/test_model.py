@@ -151,7 +151,7 @@ def test_attention_is_the_formula(pos, qk_norm):
     logits = q @ k.mT / math.sqrt(d)
     if pos == "alibi":
         logits -= torch.tensor([2.0**-4, 2.0**-8]).view(H, 1, 1) * (i - j)
-    if pos in ("kerple", "fire"):
+    if hasattr(attention.position, "bias"):
         logits = logits + attention.position.bias(i, j)
     y = logits.masked_fill(j > i, -math.inf).softmax(-1) @ v
     near(attention(x[None])[0], y.transpose(0, 1).flatten(1) @ attention.out.weight.double().T)
@@ -255,7 +255,7 @@ class Distance(nn.Module):
         return q, k
 
     def bias(self, i, j):
-        return -0.1 * (i - j).unsqueeze(-3)
+        return -0.1 * (i - j).expand(2, -1, -1)
 
 
 def test_attention_knows_a_position_embedding_by_its_methods_alone():

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from common import UserError
 from data.passkey import drill, passkey_document
-from data.tokenizer import GPT2_PATTERN, get_tokenizer
+from data.tokenizer import END, GPT2_PATTERN, TiktokenTokenizer, get_tokenizer
 
 # The benchmark's own strings, typed again.
 TASK = (
@@ -28,7 +28,8 @@ BYTES = get_tokenizer("bytes")
 def gpt2(*words):
     """GPT-2's pattern, with one token for each byte and each of the words."""
     ranks = {token: rank for rank, token in enumerate([bytes([b]) for b in range(256)] + [w.encode() for w in words])}
-    return tiktoken.Encoding("toy", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    toy = tiktoken.Encoding("toy", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    return TiktokenTokenizer(toy, {})
 
 
 def marked(*merged, prepend=False, metaspace=False):
@@ -44,7 +45,7 @@ def marked(*merged, prepend=False, metaspace=False):
         made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     strip = [decoders.Strip(" ", 1, 0)] if prepend or metaspace else []
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), *strip])
-    return SimpleNamespace(encode_ordinary=lambda text: made.encode(text).ids, decode=made.decode)
+    return SimpleNamespace(bos=[], encode_ordinary=lambda text: made.encode(text).ids, decode=made.decode)
 
 
 WORDS = ["▁The", "▁is", "▁pass", "▁key", "grass", "▁There", "▁3", "▁1"]

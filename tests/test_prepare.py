@@ -324,7 +324,7 @@ def test_ranks_lie_beside_their_tokens_which_take_uint32_if_they_must(n, dtype):
     assert [train, val] == [tokens(some, again.encoding) for some in by_split(A)]
     assert (meta["dtype"], Path("out/train.bin").stat().st_size) == (dtype, len(train) * np.dtype(dtype).itemsize)
     write("out", {"tokenizer.tiktoken": ranks_file(RANKS[:256])})
-    with pytest.raises(UserError, match="is not the tokenizer ranks-"):
+    with pytest.raises(UserError, match="the tokenizer ranks-.* is not in"):
         tokenizer.get_tokenizer(meta["tokenizer"], "out")
 
 
@@ -365,7 +365,7 @@ def test_a_tokenizer_json_gives_its_own_tokens_then_and_later(llama):
     train, val, meta = main("a.jsonl --tokenizer=tokenizer.json --eot=</s>")
     again = tokenizer.get_tokenizer(meta["tokenizer"], "out")
     for ids, texts in zip((train, val), by_split(some)):
-        encoded = llama.encode_batch([text.replace("\ud83d", "\ufffd") for text in texts], add_special_tokens=False)
+        encoded = llama.encode_batch([text.replace("\ud83d", "\ufffd") for text in texts])  # with BOS, as llama adds it
         assert ids == [token for encoding in encoded for token in [*encoding.ids, again.eot]]
     assert (again.n_vocab, again.eot) == (llama.get_vocab_size(), llama.token_to_id("</s>"))
     assert again.encode_ordinary(A[0]) == llama.encode(A[0], add_special_tokens=False).ids

@@ -321,12 +321,12 @@ def with_evaluation(tmp_path):
 
 
 def test_ctrl_c_ends_the_evaluation_after_training(tmp_path):
-    end = run(with_evaluation(tmp_path), before("train.eval_passkey.main", 1, SIGINT))
+    end = run(with_evaluation(tmp_path), before("train.eval_passkey.evaluate", 1, SIGINT))
     assert end.returncode == 1 and end.stderr.splitlines()[-1] == "KeyboardInterrupt"
 
 
 def test_a_signal_in_the_last_step_skips_the_evaluation(tmp_path):
-    patches = before("torch.save", 1, SIGTERM), before("train.eval_passkey.main", 1, SIGKILL)
+    patches = before("torch.save", 1, SIGTERM), before("train.eval_passkey.evaluate", 1, SIGKILL)
     end = run(with_evaluation(tmp_path), *patches)
     assert end.returncode == 0 and checkpoint(tmp_path / "out")["step"] == 1
 

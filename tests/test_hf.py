@@ -244,6 +244,7 @@ def test_an_exported_tokenizer_has_our_tokens(tmp_path):
         has_our_tokens()
 
 
+@pytest.mark.slow
 def test_table_1_runs_on_a_small_llama(tmp_path):
     """Every kind of command of `experiments.py table1`, at N = 64. The oracle of lm_eval's answers is our GPT."""
     llama(tmp_path / "llama", num_key_value_heads=2)

@@ -24,6 +24,7 @@ def run(cells):
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom_and_the_solutions_are_accepted():
     """Each check runs twice: on the blank answer and, at the end, on the solution."""
     (solutions,) = re.findall(r"```python\n(.*?)```", NOTEBOOK.cells[-1].source, re.DOTALL)

@@ -130,12 +130,13 @@ def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
         return KERPLE(n_head=cfg.n_head, seed=seed)
     if cfg.pos == "fire":
         return FIRE(n_head=cfg.n_head, seed=seed)
+    omega = frequencies(cfg)
     if cfg.pos == "rope":
-        return RoPE(head_dim=cfg.d, omega=frequencies(cfg))
+        return RoPE(head_dim=cfg.d, omega=omega)
     if cfg.pos == "fope":
         options = {name: getattr(cfg, name) for name in FOPE_OPTIONS}
         heads = dict(n_head=cfg.n_head, n_kv_head=cfg.kv_heads, head_dim=cfg.d)
-        return FoPE(**heads, omega=frequencies(cfg), seed=seed, **options)
+        return FoPE(**heads, omega=omega, seed=seed, **options)
     raise NotImplementedError(f"{cfg.pos!r} is in POSITIONS, and position_embedding() does not build it")
 
 

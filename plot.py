@@ -21,7 +21,9 @@ import numpy as np
 
 from common import Parser, UserError, command, replace_file, say
 
-METRICS = {  # what is measured: the field of a record, its name, and whether it counts right trials
+# The measured fields of a record: the name of each, and whether it counts right trials. To add one, fill it in
+# eval_passkey.measure() and name it here. Records without it stay valid.
+METRICS = {
     "perplexity": ("perplexity", False),
     "loss": ("loss", False),  # in place of perplexity, as in the paper's Table 2
     "ratio": ("ratio to perplexity on the training text", False),
@@ -132,13 +134,14 @@ def values_of(records: list[dict], metric: str) -> list[float]:
 
 def cell(records: list[dict], metric: str) -> str:
     """Mean and range of a metric over records that differ in the seed. One accuracy has an interval instead."""
-    values, counted = values_of(records, metric), METRICS[metric][1]
+    values = values_of(records, metric)
+    if not values:
+        return ""
     if len(values) > 1:
         return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-    interval = (
-        " [{:.2f}, {:.2f}]".format(*wilson(records[0][metric], records[0]["trials"])) if values and counted else ""
-    )
-    return f"{values[0]:.2f}{interval}" if values else ""
+    (record,) = (record for record in records if record.get(metric) is not None)
+    interval = " [{:.2f}, {:.2f}]".format(*wilson(record[metric], record["trials"])) if METRICS[metric][1] else ""
+    return f"{values[0]:.2f}{interval}"
 
 
 def table(records: list[dict]) -> str:
@@ -197,7 +200,7 @@ def figure(records: list[dict], title: str = ""):
     variants = Counter((some[0]["pos"], some[0]["logn"]) for some in groups.values())
     seeds = sorted({len({record["seed"] for record in some}) for some in groups.values()})
     subtitle = f"mean of {seeds[0]}{f' to {seeds[-1]}' * (len(seeds) > 1)} seeds; band: lowest to highest"
-    metrics = [metric for metric in reversed(METRICS) if values_of(records, metric)]
+    metrics = [metric for metric in reversed(METRICS) if any(values_of(some, metric) for some in groups.values())]
     fig, axes = panels(len(metrics), len(groups), title, subtitle if seeds[-1] > 1 else "")
     lengths, train_lens = (sorted({record[field] for record in records}) for field in ("length", "train_len"))
     for axis, (metric, (name, counted)) in zip(axes, ((metric, METRICS[metric]) for metric in metrics)):

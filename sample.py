@@ -31,16 +31,11 @@ def main(argv: list[str]) -> None:
     prompt = tokenizer.bos + tokenizer.encode_ordinary(args.prompt)
     if not prompt:
         raise UserError("the prompt needs at least one character")
+    options = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed)
     with autocast():
-        tokens = model.to(device).generate(
-            torch.tensor([prompt], device=device),
-            args.tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            seed=args.seed,
-        )
-    text = tokenizer.decode([t for t in tokens[0].tolist() if t < tokenizer.n_vocab])  # the vocabulary is padded
-    say(text)
+        tokens = model.to(device).generate(torch.tensor([prompt], device=device), args.tokens, **options)
+    text = [t for t in tokens[0, len(tokenizer.bos) :].tolist() if t < tokenizer.n_vocab]  # the vocabulary is padded
+    say(tokenizer.decode(text))
 
 
 if __name__ == "__main__":

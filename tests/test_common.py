@@ -43,6 +43,11 @@ def test_a_user_error_is_one_line_and_status_2():
     assert python(code) == (2, "", "try.py: no file of that name\n")
 
 
+def test_an_old_python_is_one_line():
+    code = "import sys; sys.version_info, sys.version = (3, 10, 9), '3.10.9 (main)'; import train"
+    assert python(code) == (1, "", "Python 3.10.9 is too old: 3.11 or newer is needed\n")
+
+
 def test_of_the_processes_that_a_launcher_started_on_a_machine_one_prints():
     code = command_that_raises('UserError("wrong")')
     assert python(code, RANK="5", LOCAL_RANK="1") == (2, "", "")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
+import sample
 import train
 from data import prepare, tokenizer
 from data.passkey import passkey_document
@@ -407,7 +408,7 @@ def test_a_sliding_window_is_refused_where_it_would_act(tmp_path, refused, windo
         assert_same_logits(*imported(tmp_path / "mistral", tmp_path / "run"), length=8 * N)
 
 
-def test_what_belongs_to_a_tokenizer_comes_out_as_it_went_in(tmp_path):
+def test_what_belongs_to_a_tokenizer_comes_out_as_it_went_in(tmp_path, monkeypatch, capsys):
     """BOS, padding, a chat template in a file of its own, several EOS; also after training, and in a moved run."""
     llama(tmp_path / "llama")
     bpe = Tokenizer.from_file(str(tmp_path / "llama/tokenizer.json"))
@@ -439,6 +440,13 @@ def test_what_belongs_to_a_tokenizer_comes_out_as_it_went_in(tmp_path):
     ours = tokenizer.get_tokenizer(load_model(tmp_path / "run")[1]["tokenizer"], tmp_path / "run")
     document, n = passkey_document(ours, 400, 12345, 0.3)
     assert document == theirs(theirs.decode(document[1:]))["input_ids"] and n == 6
+    real, begun = GPT.generate, []
+    monkeypatch.setattr(
+        GPT, "generate", lambda self, x, *more, **options: begun.append(x) or real(self, x, *more, **options)
+    )
+    sample.main([f"{tmp_path}/run", "hello world", "--tokens=0", "--device=cpu"])
+    assert begun[0].tolist() == [theirs("hello world")["input_ids"]]
+    assert capsys.readouterr().out.endswith("\nhello world\n")
     argv = f"--init_from={tmp_path}/run --pos=fope --data={tmp_path}/data --out={tmp_path}/fope --train_len=32".split()
     argv += "--batch_tokens=64 --steps=1 --warmup=0 --eval_tokens=32 --eval_trials=0 --compile=off --device=cpu".split()
     train.train(train.parse_flags(argv))

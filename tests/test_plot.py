@@ -94,6 +94,13 @@ def test_what_no_record_of_a_length_holds_stays_blank():
     assert "| rope: ratio to perplexity on the training text | 1 | 1.50 |  |" in plot.table(records)
 
 
+def test_seeds_from_before_a_metric_was_added_stay_valid():
+    old, new = record(512, None, 2.0, seed=0), record(512, 4, 3.0, seed=1)
+    assert "| fope: passkey accuracy | 2 | 0.40 [0.17, 0.69] |" in plot.table([old, new])
+    superseded = [record(512, 4, 2.0, run="a"), record(512, None, 2.0, run="a")]
+    assert [axis.get_ylabel() for axis in plot.figure(superseded).axes] == ["perplexity"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 

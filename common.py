@@ -47,10 +47,12 @@ def command(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the first line of a module's docstring as its description, and a UserError as its error."""
+    """argparse: a module's first line is the description, the fields of a dataclass are flags, an error is a UserError."""
 
-    def __init__(self, docstring: str, **options):
+    def __init__(self, docstring: str, dataclass=None, **options):
         super().__init__(description=docstring.splitlines()[0], allow_abbrev=False, **options)
+        if dataclass:
+            add_flags(self, dataclass)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import plot
-from common import Parser, UserError, add_flags, at_least, command, find_device, one_of, say
+from common import Parser, UserError, at_least, command, find_device, one_of, say
 from data.passkey import passkey_document
 from data.read import load
 from data.tokenizer import get_tokenizer
@@ -247,10 +247,9 @@ def evaluate(paths: list[Path], options: Options, out: Path | None = None, commi
 
 @command
 def main(argv: list[str]) -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, Options)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="folders or files that train.py wrote")
     parser.add_argument("--out", type=Path, help="folder for table and figure (default: the one that holds all)")
-    add_flags(parser, Options)
     flags = vars(parser.parse_args(argv))
     evaluate(flags.pop("checkpoints"), out=flags.pop("out"), options=Options(**flags))
 

@@ -31,19 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eval_passkey
 import plot
-from common import (
-    Parser,
-    UserError,
-    add_flags,
-    at_least,
-    command,
-    find_device,
-    local_rank,
-    lock,
-    one_of,
-    replace_file,
-    say,
-)
+from common import Parser, UserError, at_least, command, find_device, local_rank, lock, one_of, replace_file, say
 from data import prepare
 from data.read import load
 from data.tokenizer import copy_tokenizer
@@ -109,9 +97,8 @@ class TrainConfig(GPTConfig):
 
 def parse_flags(argv: list[str]) -> dict:
     """The flags that the command line gives, and the folder `out` that they mean."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, TrainConfig)
     parser.description += " --model changes some of these defaults: see RECIPES, and PRESETS in model.py."
-    add_flags(parser, TrainConfig)
     flags = vars(parser.parse_args(argv))
     named = {"model": "tiny", "pos": "fope", "seed": 0} | flags
     return flags | {"out": flags.get("out") or f"out/{named['model']}-{named['pos']}-s{named['seed']}"}

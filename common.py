@@ -47,7 +47,7 @@ def command(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse: a module's first line is the description, the fields of a dataclass are flags, an error is a UserError."""
+    """argparse whose description is a module's first line, with the fields of a dataclass as flags. Errors are UserErrors."""
 
     def __init__(self, docstring: str, dataclass=None, **options):
         super().__init__(description=docstring.splitlines()[0], allow_abbrev=False, **options)

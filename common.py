@@ -47,7 +47,7 @@ def command(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose description is a module's first line, with the fields of a dataclass as flags. Errors are UserErrors."""
+    """argparse with a module's first line as description, a dataclass's fields as flags, and UserErrors as errors."""
 
     def __init__(self, docstring: str, dataclass=None, **options):
         super().__init__(description=docstring.splitlines()[0], allow_abbrev=False, **options)

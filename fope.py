@@ -79,8 +79,9 @@ def token_positions(x: torch.Tensor, positions) -> torch.Tensor:
     """The positions of the T tokens of x (B, heads, T, d), from an offset (None is 0) or a tensor (T,) or (B, T)."""
     if not isinstance(positions, torch.Tensor):
         return torch.arange(positions or 0, (positions or 0) + x.shape[-2], device=x.device)
-    if positions.shape[-1:] != x.shape[-2:-1]:
-        raise ValueError(f"positions has shape {tuple(positions.shape)}: it must be (T,) or (B, T)")
+    if positions.shape[-1:] != x.shape[-2:-1] or positions.is_floating_point():
+        shape = tuple(positions.shape)
+        raise ValueError(f"positions has shape {shape} and {positions.dtype}: it must be (T,) or (B, T), of integers")
     return positions
 
 
@@ -90,10 +91,13 @@ class PositionEmbedding(nn.Module):
     exact = ()
 
     def _apply(self, fn, recurse=True):
-        device = fn(torch.empty(0, device="cpu")).device
-        for name, x in ((name, getattr(self, name)) for name in self.exact):
-            if x is not None and device.type != "meta" and (device.type, x.dtype) != ("mps", torch.float64):
-                setattr(self, name, x.to(device))  # mps has no float64
+        device, kept = fn(torch.empty(0, device="cpu")).device, [(name, getattr(self, name)) for name in self.exact]
+        super()._apply(fn, recurse)
+        for name, x in kept:
+            stays = (
+                x is None or device.type == "meta" or (device.type, x.dtype) == ("mps", torch.float64)
+            )  # it has none
+            setattr(self, name, x if stays else x.to(device))
         return self
 
 
@@ -238,7 +242,9 @@ class FoPE(RoPE):
         if self.coef is not None:
             coef = self.coef.to(both.device, dtype)  # (2, n_kv_head, D, M)
             coef = coef if positions.dim() == 1 else coef.unsqueeze(1)
-            with torch.autocast(both.device.type, enabled=False):  # bfloat16 sums would be off by up to 1e-2
+            with torch.autocast(
+                "cpu" if both.is_meta else both.device.type, enabled=False
+            ):  # bfloat16 sums would be off by up to 1e-2
                 both = both[..., : coef.shape[-1]] + both @ coef
         return F.pad(both, (0, self.n_ones), value=1.0) if self.n_ones else both
 

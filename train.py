@@ -257,14 +257,17 @@ def take_weights(model: GPT, source: dict, path: str) -> str:
     highest one. Those in both lists keep their coefficients, as in the release. The rest stays as drawn.
     """
     ours, theirs, drawn = model.state_dict(), source["model"], ""
-    if shapes(ours, ".position.") != shapes(theirs, ".position.") or source["config"]["n_head"] != model.cfg.n_head:
+    cfg, was = model.cfg, source["config"]
+    unlike = (cfg.n_head, cfg.tied) != (was["n_head"], was["tied"])
+    if shapes(ours, ".position.") != shapes(theirs, ".position.") or unlike:
         raise UserError(f"{path} has a model of another shape: leave out the flags that change it")
     for name, x in ours.items():  # x is the model's own memory
-        if name in theirs and theirs[name].shape == x.shape:
+        anew = name.endswith(".coef") and any(was.get(k) != getattr(cfg, k) for k in ("sigma", "coef_init"))
+        if name in theirs and theirs[name].shape == x.shape and not anew:
             x.copy_(theirs[name])
             continue
         drawn = ", missing position coefficients drawn anew"
-        if name in theirs and name.endswith(".coef"):
+        if name in theirs and name.endswith(".coef") and not anew:
             M = min(theirs[name].shape[-1], x.shape[-1])
             x[..., :M, :M] = theirs[name][..., :M, :M]
     return f"weights from {path}{drawn}"
@@ -284,6 +287,12 @@ def make_optimizers(model: GPT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) -> None:
     """Load the weights and the optimizers' states of the run that is resumed."""
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{cfg.out} is an imported model: train it with --init_from={cfg.out} and another --out")
+    if drawn := [
+        name for name in ("sigma", "coef_init", "init_std") if checkpoint["config"][name] != getattr(cfg, name)
+    ]:
+        raise UserError(f"--resume cannot change --{drawn[0]}: the numbers that it is for are drawn")
     saved, ours = shapes(checkpoint["model"]), shapes(model.state_dict())
     if saved != ours or checkpoint["config"]["optimizer"] != cfg.optimizer:
         other = sorted(name for name in saved | ours if saved.get(name) != ours.get(name))[:1]
@@ -292,6 +301,9 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) ->
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             optimizer.load_state_dict(state)
+            for group in optimizer.param_groups:  # of the flags, not of the checkpoint
+                group |= {"weight_decay": cfg.weight_decay}
+                group |= {"betas": (cfg.beta1, cfg.beta2)} if "betas" in group else {}
     except ValueError as error:  # it had other parameter groups
         raise UserError(f"{cfg.out} has the optimizer state of another version: --out=NAME trains anew") from error
 
@@ -332,8 +344,11 @@ class Log:
             known.write_text(self.wandb.id)
 
     def write(self, **values) -> None:
-        self.file.write(json.dumps(values).encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.file.name} could not be written ({error}): free the disk, --resume") from error
         if self.wandb and "step" in values:
             self.wandb.log(values, step=values["step"])
 
@@ -380,10 +395,13 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     elif flags.get("init_from"):
         source = load_checkpoint(flags["init_from"])
     cfg = configure(flags, checkpoint, source)
-    if out.exists() != cfg.resume:
+    begun = out.is_file() or (out.is_dir() and any(path.stat().st_size for path in out.iterdir()))
+    if begun and not cfg.resume or cfg.resume and not out.exists():  # an empty log is what a crash in step 1 leaves
         why = f"there is no {out} to resume" if cfg.resume else f"{out} exists: --resume continues it"
         raise UserError(f"{why}; --out=NAME names another folder")
     machine = Machine(cfg)
+    if cfg.resume and not checkpoint:
+        machine.say(f"{out} has no checkpoint yet: starting at step 0")
     start = checkpoint["step"] if checkpoint else 0
     if machine.mean(start)[0] != start:  # from here on, the first process may write
         raise UserError(f"the machines do not see the same checkpoint in {out}: --out must be a folder that all share")
@@ -430,7 +448,9 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     step, timed_from, clock = start, start, time.perf_counter()
     for step in range(start + 1, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------- batch, step
-        torch.manual_seed((cfg.seed * 2**24 + step) * machine.world + machine.rank)  # for a model that draws: dropout
+        torch.manual_seed(
+            ((cfg.seed * 2**24 + step) * machine.world + machine.rank) % 2**63
+        )  # for a model that draws: dropout
         rate = learning_rate(step - 1, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate

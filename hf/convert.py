@@ -73,12 +73,13 @@ def intern_s1_coefficients(cos_coef: torch.Tensor, sin_coef: torch.Tensor) -> to
 
 def read_config(config, tied: bool) -> GPTConfig:
     """The model that a config of transformers describes. Raises UserError that names what our GPT does not have."""
+    architecture = (config.architectures or ["an unknown architecture"])[0]
+    if architecture not in ("LlamaForCausalLM", "MistralForCausalLM"):
+        raise UserError(f"model.py has no form for {architecture}")
     N, rope = config.max_position_embeddings, config.rope_parameters
     kind, window = rope["rope_type"], getattr(config, "sliding_window", None)
     constants = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "truncate": True}
-    architecture = (config.architectures or ["an unknown architecture"])[0]
     unfit = {
-        architecture: architecture not in ("LlamaForCausalLM", "MistralForCausalLM"),
         "biases": getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
         f"a sliding window of {window}, which acts below 16 N": window is not None and window < 16 * N,
         "partial rotation": rope.get("partial_rotary_factor", 1) != 1,

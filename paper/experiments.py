@@ -173,21 +173,26 @@ class Driver:
     def carry_out(self, jobs: list[dict]) -> None:
         """Carries out the commands of jobs one after another, and copies the new records to paper/results."""
         environment = self.free.get()
-        for job in jobs:
-            out = f"out/{self.scale}/{job['run']}-s{job['seed']}"
-            before = len(records_in(ROOT / out / "eval.jsonl"))
-            log = ROOT / f"{out}.log"
-            ended = all(not self.stopped and self.call(words, log, environment) for words in job["commands"])
-            records = records_in(ROOT / out / "eval.jsonl")[before:]
-            if not ended or any(record["step"] < record["steps"] for record in records):  # a stopped training ends well
-                self.failed.append(out)
-                if not self.stopped:
-                    say(f"{out} is not finished: see {log}", sys.stderr)
-                continue
-            for record in records:  # without the seed in these names, seeds agree in all other fields
-                names = {"run": job["run"], "init_from": job["init_from"]}
-                append(ROOT / f"paper/results/{self.scale}/eval.jsonl", record | names)
-        self.free.put(environment)
+        try:
+            for job in jobs:
+                self.carry_out_one(job, environment)
+        finally:
+            self.free.put(environment)
+
+    def carry_out_one(self, job: dict, environment: dict) -> None:
+        out = f"out/{self.scale}/{job['run']}-s{job['seed']}"
+        before = len(records_in(ROOT / out / "eval.jsonl"))
+        log = ROOT / f"{out}.log"
+        ended = all(not self.stopped and self.call(words, log, environment) for words in job["commands"])
+        records = records_in(ROOT / out / "eval.jsonl")[before:]
+        if not ended or any(record["step"] < record["steps"] for record in records):  # a stopped training ends well
+            self.failed.append(out)
+            if not self.stopped:
+                say(f"{out} is not finished: see {log}", sys.stderr)
+            return
+        for record in records:  # without the seed in these names, seeds agree in all other fields
+            names = {"run": job["run"], "init_from": job["init_from"]}
+            append(ROOT / f"paper/results/{self.scale}/eval.jsonl", record | names)
 
 
 def report(experiment: str, scale: str, records: list[dict]) -> None:
@@ -220,6 +225,8 @@ def main(argv: list[str]) -> None:
     add("--jobs", type=int, help="runs at a time for tiny (default: one on every CPU core or GPU)")
     add("--dry_run", action="store_true", help="print the commands and end")
     args = parser.parse_args(argv)
+    if min(args.jobs or 1, args.trials or 1) < 1:
+        raise UserError("--jobs and --trials must be at least 1")
     if args.experiment == "table1":
         return say("\n".join(TABLE1))
     tiny, known = args.scale == "tiny", runs_in(args.experiment, args.scale)

@@ -228,6 +228,17 @@ def test_casting_or_emptying_the_module_changes_nothing(name, cast):
         assert torch.equal(got, want)
 
 
+def test_what_a_subclass_adds_is_cast_as_usual_and_meta_tensors_pass():
+    class Mine(FoPE):
+        def __init__(self):
+            super().__init__(n_head=2, head_dim=16, train_len=64, seed=0)
+            self.gain = nn.Parameter(torch.ones(2))
+
+    position = Mine().to(torch.bfloat16)
+    assert position.gain.dtype == torch.bfloat16 and position.coef.dtype == torch.float32
+    assert make("fope").to("meta")(*(x.to("meta") for x in two(1, 2, 20, 16)))[0].shape == (1, 2, 20, 16)
+
+
 @pytest.mark.parametrize("name", ["rope", "fope", "alibi"])
 def test_a_module_made_on_the_meta_device_works_after_loading(name):
     q, k = two(1, 2, 200, 16)
@@ -366,6 +377,7 @@ def test_fope_refuses(options, words):
         ("fope", 2, 32, None, "head_dim 16"),
         ("fope", 1, 16, None, "n_kv_head 2"),
         ("fope", 2, 16, torch.tensor(3), "shape"),
+        ("rope", 2, 16, torch.arange(40) / 4, "of integers"),  # position interpolation divides the frequencies instead
         ("alibi", 1, 16, None, "n_head 2"),
     ],
     ids=str,

@@ -67,6 +67,7 @@ def free_port():
 def child(folder, argv, patches, env):
     signal.alarm(200)  # a process that hangs is a failure (status -14), not a wait without end
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ |= env

@@ -352,6 +352,16 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
 
 
 @torch.no_grad()
+def keep_coefficients(coef: torch.Tensor, trained: torch.Tensor) -> None:
+    """Copy FoPE's coefficients (2, n_kv_head, D, M) of the pairs and frequencies that both tensors have.
+
+    At another N, another number of frequencies is kept. Both lists begin with the highest one. So the coefficients that
+    both have are in the upper left corner, as in the release.
+    """
+    M = min(coef.shape[-1], trained.shape[-1])
+    coef[..., :M, :M] = trained[..., :M, :M]
+
+
 def scale_frequencies(model: GPT, scaling: str, scale: float) -> None:
     """Scale the frequencies of a trained model with RoPE or FoPE. Raises UserError.
 
@@ -367,5 +377,4 @@ def scale_frequencies(model: GPT, scaling: str, scale: float) -> None:
     for layer, block in enumerate(model.blocks):
         trained, block.attention.position = block.attention.position, position_embedding(model.cfg, layer)
         if (coef := getattr(block.attention.position, "coef", None)) is not None:
-            M = min(coef.shape[-1], trained.coef.shape[-1])
-            coef[..., :M, :M] = trained.coef[..., :M, :M]
+            keep_coefficients(coef, trained.coef)

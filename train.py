@@ -35,7 +35,7 @@ from common import Parser, UserError, at_least, command, find_device, local_rank
 from data import prepare
 from data.read import load
 from data.tokenizer import copy_tokenizer
-from model import GPT, PRESETS, GPTConfig, load_checkpoint
+from model import GPT, PRESETS, GPTConfig, keep_coefficients, load_checkpoint
 from muon import Muon
 
 # How a preset is trained. The paper's recipe (App. A.3) is 10B tokens in steps of 524 288.
@@ -253,23 +253,22 @@ def shapes(state: dict, without: str = "no such name") -> dict:
 def take_weights(model: GPT, source: dict, path: str) -> str:
     """Copy a checkpoint's weights into the model, and its position embedding where both have it. Returns what to say.
 
-    FoPE's coefficients (.., D, M): at another N, another number of frequencies is kept. Both lists begin with the
-    highest one. Those in both lists keep their coefficients, as in the release. The rest stays as drawn.
+    FoPE's coefficients stay as drawn for frequencies that the checkpoint lacks, or if sigma or coef_init is another.
     """
     ours, theirs, drawn = model.state_dict(), source["model"], ""
     cfg, was = model.cfg, source["config"]
     unlike = (cfg.n_head, cfg.tied) != (was["n_head"], was["tied"])
     if shapes(ours, ".position.") != shapes(theirs, ".position.") or unlike:
         raise UserError(f"{path} has a model of another shape: leave out the flags that change it")
+    same_draw = (cfg.sigma, cfg.coef_init) == (was.get("sigma"), was.get("coef_init"))
     for name, x in ours.items():  # x is the model's own memory
-        anew = name.endswith(".coef") and any(was.get(k) != getattr(cfg, k) for k in ("sigma", "coef_init"))
-        if name in theirs and theirs[name].shape == x.shape and not anew:
+        usable = name in theirs and (same_draw or not name.endswith(".coef"))
+        if usable and theirs[name].shape == x.shape:
             x.copy_(theirs[name])
             continue
         drawn = ", missing position coefficients drawn anew"
-        if name in theirs and name.endswith(".coef") and not anew:
-            M = min(theirs[name].shape[-1], x.shape[-1])
-            x[..., :M, :M] = theirs[name][..., :M, :M]
+        if usable and name.endswith(".coef"):
+            keep_coefficients(x, theirs[name])
     return f"weights from {path}{drawn}"
 
 
@@ -289,10 +288,9 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) ->
     """Load the weights and the optimizers' states of the run that is resumed."""
     if "optimizer" not in checkpoint:
         raise UserError(f"{cfg.out} is an imported model: train it with --init_from={cfg.out} and another --out")
-    if drawn := [
-        name for name in ("sigma", "coef_init", "init_std") if checkpoint["config"][name] != getattr(cfg, name)
-    ]:
-        raise UserError(f"--resume cannot change --{drawn[0]}: the numbers that it is for are drawn")
+    for name in ("sigma", "coef_init", "init_std"):
+        if checkpoint["config"][name] != getattr(cfg, name):
+            raise UserError(f"--resume cannot change --{name}: the numbers that it is for are drawn")
     saved, ours = shapes(checkpoint["model"]), shapes(model.state_dict())
     if saved != ours or checkpoint["config"]["optimizer"] != cfg.optimizer:
         other = sorted(name for name in saved | ours if saved.get(name) != ours.get(name))[:1]
@@ -302,8 +300,9 @@ def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) ->
         for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             optimizer.load_state_dict(state)
             for group in optimizer.param_groups:  # of the flags, not of the checkpoint
-                group |= {"weight_decay": cfg.weight_decay}
-                group |= {"betas": (cfg.beta1, cfg.beta2)} if "betas" in group else {}
+                group["weight_decay"] = cfg.weight_decay
+                if "betas" in group:
+                    group["betas"] = (cfg.beta1, cfg.beta2)
     except ValueError as error:  # it had other parameter groups
         raise UserError(f"{cfg.out} has the optimizer state of another version: --out=NAME trains anew") from error
 

@@ -56,12 +56,13 @@ class Options:
     # measurement
     lengths: str = ""  # comma-separated; empty: the training length N times 1, 2, 4, 8, 16
     trials: int = 100  # passkey trials per length (the paper has 1000)
+    skip_lost: bool = False  # look for no keys beyond a length at which none was found
     behind_text: bool = False  # prompts of the training length behind validation text
     scaling: str = "none"  # scale the frequencies of RoPE or FoPE without training: linear, yarn or llama3
     scale: float = 16.0  # factor of --scaling
     logn: str = ""  # comma-separated p of (log n / log N)^p on q beyond N; empty: the checkpoint's p, often 0
     data: str = ""  # folder with val.bin; empty: the one that the model was trained on
-    eval_tokens: int = 131_072  # maximum validation tokens for perplexity
+    eval_tokens: int = 131_072  # maximum validation tokens for perplexity; 0: none, which needs no data
     key_seed: int = 0  # seed of the keys and their depths
     # machine
     batch_tokens: int = 16_384  # tokens per forward pass; fewer take less memory
@@ -69,9 +70,11 @@ class Options:
     dtype: str = "auto"  # auto, bfloat16 or float32
 
     def __post_init__(self):
-        at_least(self, 1, "trials scale eval_tokens batch_tokens")
-        at_least(self, 0, "key_seed")
+        at_least(self, 1, "trials scale batch_tokens")
+        at_least(self, 0, "key_seed eval_tokens")
         one_of(self, scaling=SCALINGS)
+        if self.behind_text and not self.eval_tokens:
+            raise UserError("--behind_text needs validation text: leave out --eval_tokens=0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def measure(path: Path, options: Options):
         scale_frequencies(model, options.scaling, options.scale)
     model.to(device)
     data = str(Path(options.data or config["data"]))
-    text, meta = validation(data, checkpoint, lengths, options.eval_tokens)
+    text, meta = validation(data, checkpoint, lengths, options.eval_tokens) if options.eval_tokens else ([0], {})
     tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], data)
 
     def prompts(length: int, trials: int) -> tuple[np.ndarray, ...]:
@@ -174,18 +177,23 @@ def measure(path: Path, options: Options):
     }  # fmt: skip
     own = {f"train_{name}" if name in facts or name == "logn" else name: value for name, value in config.items()}
     own["train_data"] = str(Path(config["data"]))  # without the slash that a shell may add
+    lost = set()  # the p that found no key at a shorter length
     for length in lengths:
         documents, answers, depths = prompts(length, options.trials)
         tenths = np.minimum((depths * 10).astype(int), 9)
         measured = {}
         for model.logn in powers:
             if not measured or length > N:  # log n acts beyond N only
-                right = passkey_right(model, documents, answers, options.batch_tokens, autocast)
-                measured = {
-                    "right": int(right.sum()),
-                    "right_by_depth": [[int(right[tenths == t].sum()), int((tenths == t).sum())] for t in range(10)],
-                    "perplexity": round(perplexity(model, text, length, options.batch_tokens, autocast), 4),
-                }
+                measured = {"right": None}
+                if not options.skip_lost or model.logn not in lost:
+                    right = passkey_right(model, documents, answers, options.batch_tokens, autocast)
+                    by_depth = [[int(right[tenths == t].sum()), int((tenths == t).sum())] for t in range(10)]
+                    measured = {"right": int(right.sum()), "right_by_depth": by_depth}
+                if options.eval_tokens:
+                    ppl = perplexity(model, text, length, options.batch_tokens, autocast)
+                    measured["perplexity"] = round(ppl, 4)
+            if not measured["right"]:
+                lost.add(model.logn)
             yield {"run": folder_of(path).name} | own | facts | {"logn": model.logn, "length": length} | measured
 
 

@@ -127,8 +127,13 @@ def wilson(right: int, trials: int) -> tuple[float, float]:
 
 
 def values_of(records: list[dict], metric: str) -> list[float]:
-    """The values of a metric, one for each record that has it."""
-    some = [record for record in records if record.get(metric) is not None]
+    """The values of a metric, one for each record that has the field.
+
+    If it was not measured with one of the seeds (None), there are none: a mean over the other seeds would mislead.
+    """
+    some = [record for record in records if metric in record]
+    if any(record[metric] is None for record in some):
+        return []
     return [record[metric] / (record["trials"] if METRICS[metric][1] else 1) for record in some]
 
 
@@ -136,10 +141,10 @@ def cell(records: list[dict], metric: str) -> str:
     """Mean and range of a metric over records that differ in the seed. One accuracy has an interval instead."""
     values = values_of(records, metric)
     if not values:
-        return ""
+        return "not measured" if any(metric in record for record in records) else ""
     if len(values) > 1:
         return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-    (record,) = (record for record in records if record.get(metric) is not None)
+    (record,) = (record for record in records if metric in record)
     interval = " [{:.2f}, {:.2f}]".format(*wilson(record[metric], record["trials"])) if METRICS[metric][1] else ""
     return f"{values[0]:.2f}{interval}"
 
@@ -200,7 +205,8 @@ def figure(records: list[dict], title: str = ""):
     variants = Counter((some[0]["pos"], some[0]["logn"]) for some in groups.values())
     seeds = sorted({len({record["seed"] for record in some}) for some in groups.values()})
     subtitle = f"mean of {seeds[0]}{f' to {seeds[-1]}' * (len(seeds) > 1)} seeds; band: lowest to highest"
-    metrics = [metric for metric in reversed(METRICS) if any(values_of(some, metric) for some in groups.values())]
+    shown = [record for some in groups.values() for record in some]
+    metrics = [metric for metric in reversed(METRICS) if any(values_of([record], metric) for record in shown)]
     fig, axes = panels(len(metrics), len(groups), title, subtitle if seeds[-1] > 1 else "")
     lengths, train_lens = (sorted({record[field] for record in records}) for field in ("length", "train_len"))
     for axis, (metric, (name, counted)) in zip(axes, ((metric, METRICS[metric]) for metric in metrics)):

@@ -182,6 +182,26 @@ def test_log_n_is_measured_once_up_to_n_and_from_the_checkpoint_if_no_flag_says_
     assert [pick(r) for r in plot.read(tmp_path / "a/eval.jsonl")[4:]] == [pick(short2), pick(long2)]
 
 
+def test_with_skip_lost_each_p_is_measured_up_to_the_first_length_without_a_key(run, monkeypatch):
+    found = {(256, 0): 3, (512, 0): 0, (512, 2): 2, (1024, 2): 0}  # the keys at a length and p: no others are measured
+    trials = np.arange(4)
+    monkeypatch.setattr(eval_passkey, "passkey_right", lambda m, x, *_: trials < found[x.shape[1], m.logn])
+    options = ["--trials=4", "--lengths=256,512,1024,2048", "--logn=0,2", "--eval_tokens=0"]
+    evaluate(run, *options, "--skip_lost")
+    measured = [(r["length"], r["logn"], r["right"]) for r in plot.read(run / "eval.jsonl")]
+    expected = [(256, 0, 3), (256, 2, 3), (512, 0, 0), (512, 2, 2), (1024, 0, None), (1024, 2, 0)]
+    assert measured == expected + [(2048, 0, None), (2048, 2, None)]
+    with pytest.raises(KeyError):  # without the flag, they are
+        evaluate(run, *options)
+
+
+def test_keys_alone_need_no_data(run, data):
+    make_run(run, make_model(pos="rope"), data="a folder that is not there")
+    evaluate(run, "--trials=1", "--lengths=256", "--eval_tokens=0")
+    (record,) = plot.read(run / "eval.jsonl")
+    assert record["right"] in (0, 1) and "perplexity" not in record
+
+
 def pick(record):
     return [record[name] for name in (*MEASURED, "logn", "length")]
 

@@ -88,17 +88,29 @@ def test_the_last_record_counts_of_a_measurement_that_was_made_anew():
     assert "| fope: perplexity | 1 | 5.00 |" in plot.table(again)
 
 
+def without(metric, some):
+    return {field: value for field, value in some.items() if field != metric}
+
+
 def test_what_no_record_of_a_length_holds_stays_blank():
-    records = [record(512, 2, 2.0), record(1024, None, 3.0), record(512, 2, 2.0, pos="rope", ratio=1.5)]
+    bare = without("right", record(1024, 0, 3.0))
+    records = [record(512, 2, 2.0), bare, record(512, 2, 2.0, pos="rope", ratio=1.5)]
     assert "| fope: passkey accuracy | 1 | 0.20 [0.06, 0.51] |  |" in plot.table(records)
     assert "| rope: ratio to perplexity on the training text | 1 | 1.50 |  |" in plot.table(records)
 
 
 def test_seeds_from_before_a_metric_was_added_stay_valid():
-    old, new = record(512, None, 2.0, seed=0), record(512, 4, 3.0, seed=1)
+    old, new = without("right", record(512, 0, 2.0, seed=0)), record(512, 4, 3.0, seed=1)
     assert "| fope: passkey accuracy | 2 | 0.40 [0.17, 0.69] |" in plot.table([old, new])
-    superseded = [record(512, 4, 2.0, run="a"), record(512, None, 2.0, run="a")]
+    superseded = [record(512, 4, 2.0, run="a"), without("right", record(512, 0, 2.0, run="a"))]
     assert [axis.get_ylabel() for axis in plot.figure(superseded).axes] == ["perplexity"]
+
+
+def test_a_length_that_one_seed_skipped_has_no_mean_over_the_others():
+    records = [record(512, 2, 2.0), record(512, 4, 4.0, seed=1), record(1024, None, 3.0), record(1024, 9, 3.0, seed=1)]
+    assert "| fope: passkey accuracy | 2 | 0.30 (0.20-0.40) | not measured |" in plot.table(records)
+    line = plot.figure(records).axes[0].get_lines()[0]
+    assert line.get_xydata().tolist() == [[512, pytest.approx(0.3)]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

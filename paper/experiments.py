@@ -199,12 +199,12 @@ def report(experiment: str, scale: str, records: list[dict]) -> None:
     """Writes the experiment's table and figure, from every seed that has records."""
     records = [record for record in records if record["run"] in runs_in(experiment, scale)]
     records = [record for record in records if not record["logn"] or record["run"] in LOGN.get(experiment, ())]
-    if experiment == "table2":  # the paper's Table 2 has losses
-        records = [record | {"loss": math.log(record["perplexity"]), "perplexity": None} for record in records]
     own = {plot.identity(r, *TEXT): r["perplexity"] for r in records if r["data"] == r["train_data"]}
     other = [record for record in records if record["data"] != record["train_data"]]
     for record in other:  # the paper's Figure 6a has ratios
         record["ratio"] = record["perplexity"] / own[plot.identity(record, *TEXT)]
+    for record in records if experiment == "table2" else ():  # the paper's Table 2 has losses
+        record["loss"] = math.log(record.pop("perplexity"))
     if records:
         folder, text = ROOT / "paper/results" / scale, plot.table(other or records)
         replace_file(folder / f"{experiment}.md", lambda file: file.write(f"{text}\n".encode()))

@@ -222,7 +222,8 @@ def alike(committed: list[dict], record: dict) -> list[dict]:
     """Those of the committed records whose run and conditions differ from those of `record` in these fields alone."""
     may_differ = ("pos", "seed", "length", "logn", "source", "dtype", "train_dtype")
     ours = plot.identity(record, *may_differ)
-    return [other | {"committed": True} for other in committed if plot.identity(other, *may_differ) == ours]
+    same = [other for other in committed if plot.identity(other, *may_differ) == ours]
+    return [plot.any_dtype(other) | {"committed": True} for other in same]
 
 
 def evaluate(paths: list[Path], options: Options, out: Path | None = None, committed: list[dict] = ()) -> None:

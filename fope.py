@@ -163,6 +163,11 @@ class RoPE(PositionEmbedding):
 #     f(w_m, t) = cos w_m t + sum_w a_w cos w t                                                                (Eq. 13)
 #            + i (sin w_m t + sum_w b_w sin w t)      otherwise: the pair is kept, and gets a series
 #
+# The paper's text has this form. Its pseudo-code and the release give clipped pairs the factor 1 + i instead: cos 1 and
+# sin 1, which is a rotation by 45 degrees and a factor of sqrt(2). In the logit, the two rotations cancel and the two
+# factors multiply. So clipped pairs, which compare content regardless of distance, count twice. Our models find more
+# keys with this form. It is the default here, and zero_phase=True is Eq. 13.
+#
 # The sums run over D frequencies w: the M kept ones, w_m included, and, if D > M, others between the floor and pi. Each
 # kept pair of each key head and layer has its own a_w and b_w, drawn once from a normal distribution and never trained.
 #
@@ -198,7 +203,7 @@ class FoPE(RoPE):
         clip_floor: bool = True,  # False: pairs below the floor are kept. If both are False, FoPE is RoPE
         n_freqs: int = 0,  # D, the number of frequencies in the series. 0: M, the kept ones
         coef_init: str = "xavier",  # or "normal"
-        zero_phase: bool = True,  # False: clipped pairs get cos 1, sin 1, as in the release
+        zero_phase: bool = False,  # clipped pairs: False is the release (cos 1, sin 1), True is Eq. 13 (cos 1, sin 0)
     ):
         super().__init__(head_dim=head_dim, theta=theta, omega=omega)
         n_kv = n_kv_head or n_head
@@ -229,14 +234,12 @@ class FoPE(RoPE):
         self.register_buffer("coef", coef if fourier_series else None)  # a_w = coef[0], b_w = coef[1]
         self.n_kv_head = n_kv if fourier_series else None  # None: any number of heads
 
-        # Eq. 13 leaves clipped pairs alone: cos 1, sin 0. The release has cos 1, sin 1, a rotation by 45 degrees and a
-        # factor of sqrt(2): clipped pairs, which compare content regardless of distance, count twice in the logit.
-        self.n_ones = 0 if zero_phase else head_dim // 2 - M
+        self.n_ones = 0 if zero_phase else head_dim // 2 - M  # the clipped pairs that get cos 1, sin 1
 
     def cos_sin(self, positions, dtype=torch.float32):
         """Real and imaginary part of Eq. 13, (2, n_kv_head, T, M) or (2, B, n_kv_head, T, M); positions as in RoPE.
 
-        Without a series, n_kv_head is 1. With zero_phase=False, the clipped pairs follow, so that M is d/2.
+        Without a series, n_kv_head is 1. Unless zero_phase, the ones of the clipped pairs follow, so that M is d/2.
         """
         both = super().cos_sin(positions, dtype)  # (2, 1, T, D) or (2, B, 1, T, D): one column per frequency
         if self.coef is not None:

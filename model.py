@@ -25,7 +25,7 @@ POSITIONS = ("fope", "rope", "alibi", "kerple", "fire", "nope")
 SCALINGS = ("none", "linear", "yarn", "llama3")
 PRESETS = {  # the paper's names count one embedding matrix
     # The paper's init_std 0.02 is 0.45 / sqrt(n_embd) at 60M. At width 128 it is too small: retrieval starts late.
-    "tiny": dict(n_layer=3, n_head=4, n_embd=128, n_hidden=512, init_std=0.06),
+    "tiny": dict(n_layer=3, n_head=2, n_embd=128, n_hidden=256, init_std=0.06),  # heads of 64, as in the others
     "60M": dict(n_layer=8, n_head=8, n_embd=512, n_hidden=2048, sigma=0.3),
     "180M": dict(n_layer=8, n_head=8, n_embd=1024, n_hidden=4096, sigma=0.4),
     "1.2B": dict(n_layer=16, n_head=16, n_embd=2048, n_hidden=8192, sigma=0.6),
@@ -57,7 +57,7 @@ class GPTConfig:
     n_freqs: int = 0  # D, frequencies in FoPE's series; 0: the kept ones
     fourier_series: bool = True  # FoPE's series (FS in the paper)
     clip_floor: bool = True  # FoPE's clipping (CF in the paper)
-    zero_phase: bool = True  # clipped pairs: true is Eq. 13 (cos 1, sin 0), false is the release (cos 1, sin 1)
+    zero_phase: bool = False  # clipped pairs: false is the release (cos 1, sin 1), true is Eq. 13 (cos 1, sin 0)
     whole_cycles: bool = False  # RoPE-A: move each frequency to a whole number of cycles in N
     scaling: str = "none"  # scale the frequencies: none, linear (position interpolation), yarn or llama3
     scale: float = 16.0  # how many times longer the text is

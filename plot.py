@@ -78,6 +78,11 @@ def identity(record: dict, *without: str) -> tuple:
     return tuple(sorted((field, value) for field, value in record.items() if field not in left_out))
 
 
+def any_dtype(record: dict) -> dict:
+    """For a mean over seeds of which some were trained and measured in float32, others in bfloat16."""
+    return record | {"dtype": "any", "train_dtype": "any"}
+
+
 def group(records: list[dict]) -> dict[str, list[dict]]:
     """The records of each run, by its label. The last one counts of those that differ in the measured numbers alone."""
     latest = {(record.get("run"), identity(record)): record for record in records}.values()

@@ -41,7 +41,7 @@ EXPERIMENTS = {  # the runs of each
     "fig6b": ["fope-sigma0", "fope-sigma0.1", "fope-sigma0.2", "fope", "fope-sigma0.4", "fope-sigma0.5"],
     "fig6c": ["fope", "fope-d32", "fope-d64", "fope-d128"],
     "table2": ["rope", "rope-qknorm", "rope-a", "rope-a-qknorm", "nope", "nope-qknorm"],
-    "release": ["fope", "fope-release", "fope-normal"],
+    "release": ["fope", "fope-eq13", "fope-normal"],
     "logn": ["alibi", "kerple", "fire", "rope", "fope"],
 }
 LOGN = {  # the runs of each that are shown with log n too, p = 2
@@ -91,7 +91,7 @@ def runs_of(p: TrainConfig) -> dict[str, dict]:
         "rope-a": dict(pos="rope", whole_cycles=True),
         "rope-a-qknorm": dict(pos="rope", whole_cycles=True, qk_norm=True),
         "nope-qknorm": dict(pos="nope", qk_norm=True),
-        "fope-release": dict(zero_phase=False),
+        "fope-eq13": dict(zero_phase=True),
         "fope-normal": dict(coef_init="normal"),
     }
     books = "data/books" if p.model == "tiny" else "data/gutenberg"
@@ -118,7 +118,7 @@ def words_of(flags: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def commands(run: str, seed: int, scale: str, trials: int, records: list[dict]) -> list[list[str]]:
+def commands(run: str, seed: int, scale: str, trials: int, records: list[dict], dtype: str = "auto") -> list[list[str]]:
     """The words of the commands that a run takes: none if its records exist."""
     runs, tiny = runs_of(configure({"model": scale})), scale == "tiny"
     texts, powers = ["data/builtin" if tiny else "data/c4"], (0, 2) if run in sum(LOGN.values(), []) else (0,)
@@ -127,14 +127,14 @@ def commands(run: str, seed: int, scale: str, trials: int, records: list[dict]) 
     last = dict(run=run, seed=seed, trials=trials, data=texts[-1], logn=powers[-1], length=LENGTHS[-1])
     if any(last.items() <= {name: record[name] for name in last}.items() for record in records):
         return []
-    found = []
+    found, dtypes = [], {} if dtype == "auto" else dict(dtype=dtype)
     for name in dict.fromkeys([runs[run].get("init_from", run), run]):
-        flags, out = runs[name] | dict(seed=seed, eval_trials=0), f"out/{scale}/{name}-s{seed}"
+        flags, out = runs[name] | dtypes | dict(seed=seed, eval_trials=0), f"out/{scale}/{name}-s{seed}"
         if "init_from" in flags:
             flags["init_from"] = f"out/{scale}/{flags['init_from']}-s{seed}"
         flags |= dict(out=out, resume=True) if (ROOT / out).exists() else dict(out=out)
         found.append([*(["python"] if tiny else TORCHRUN), "train.py", f"--model={scale}", *words_of(flags)])
-    flags = dict(lengths=",".join(map(str, LENGTHS)), logn=",".join(map(str, powers)), trials=trials)
+    flags = dtypes | dict(lengths=",".join(map(str, LENGTHS)), logn=",".join(map(str, powers)), trials=trials)
     return found + [["python", "eval_passkey.py", out, *words_of(flags | dict(data=text))] for text in texts]
 
 
@@ -197,7 +197,7 @@ class Driver:
 
 def report(experiment: str, scale: str, records: list[dict]) -> None:
     """Writes the experiment's table and figure, from every seed that has records."""
-    records = [record for record in records if record["run"] in runs_in(experiment, scale)]
+    records = [plot.any_dtype(record) for record in records if record["run"] in runs_in(experiment, scale)]
     records = [record for record in records if not record["logn"] or record["run"] in LOGN.get(experiment, ())]
     own = {plot.identity(r, *TEXT): r["perplexity"] for r in records if r["data"] == r["train_data"]}
     other = [record for record in records if record["data"] != record["train_data"]]
@@ -222,6 +222,7 @@ def main(argv: list[str]) -> None:
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
     add("--trials", type=int, help="passkey trials per length (default: 50 for tiny, else 1000)")
+    add("--dtype", default="auto", help="auto, bfloat16 or float32 (default: auto)")
     add("--jobs", type=int, help="runs at a time for tiny (default: one on every CPU core or GPU)")
     add("--dry_run", action="store_true", help="print the commands and end")
     args = parser.parse_args(argv)
@@ -234,9 +235,9 @@ def main(argv: list[str]) -> None:
     if unknown := set(runs) - set(known):
         raise UserError(f"{args.experiment} has no run {min(unknown)}: it has {', '.join(known)}")
     results = ROOT / f"paper/results/{args.scale}/eval.jsonl"
-    flags, jobs = runs_of(configure({"model": args.scale})), {}
+    flags, jobs, done = runs_of(configure({"model": args.scale})), {}, [] if args.dry_run else records_in(results)
     for seed, run in itertools.product(numbers("seeds", args.seeds, 0), runs):
-        if todo := commands(run, seed, args.scale, trials, [] if args.dry_run else records_in(results)):
+        if todo := commands(run, seed, args.scale, trials, done, args.dtype):
             start = flags[run].get("init_from", "")
             # Runs that continue one run follow each other, so that it is trained once.
             job = dict(run=run, seed=seed, init_from=start, commands=todo)

@@ -20,7 +20,7 @@ from model import load_checkpoint, position_embedding
 from paper import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMITTED = ROOT / "paper/results/tiny/eval.jsonl"
+COMMITTED = ROOT / "paper/results/tiny-d32/eval.jsonl"
 
 
 def config(words):

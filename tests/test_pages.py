@@ -90,7 +90,7 @@ def test_the_verdicts_have_the_numbers_of_the_committed_tables():
     rows = re.findall(r"^\|[^|]+\| (\w+) \|(.+)$", (ROOT / "paper/README.md").read_text(), re.MULTILINE)
     checked = 0
     for experiment, text in rows:
-        file = ROOT / f"paper/results/tiny/{experiment}.md"
+        file = ROOT / f"paper/results/tiny-d32/{experiment}.md"
         for number in re.findall(r"[\d.]+ \([\d.]+-[\d.]+\)", text):
             assert number in file.read_text(), f"{number} is not in {file}"
             checked += 1
@@ -101,7 +101,7 @@ def test_pandas_reads_records_as_the_page_shows(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pandas")
     (block,) = blocks("paper/README.md", "python")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/tiny-fope-s0").symlink_to(ROOT / "paper/results/cpu")
+    (tmp_path / "out/tiny-fope-s0").symlink_to(ROOT / "paper/results/tiny-d32/cpu")
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     assert "8192      0.0      5.4030" in capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_pandas_reads_records_as_the_page_shows(tmp_path, monkeypatch, capsys):
 def measured(folder, metric="right", seeds=(0, 1, 2, 3), logn=0, **fields):
     """A metric of the records with these fields, (seeds, lengths)."""
     fields |= {"logn": logn}
-    found = [r for r in plot.read(ROOT / f"paper/results/{folder}/eval.jsonl") if fields.items() <= r.items()]
+    found = [r for r in plot.read(ROOT / f"paper/results/tiny-d32/{folder}/eval.jsonl") if fields.items() <= r.items()]
     found = {(r["seed"], r["length"]): r for r in found}
     lengths = sorted({length for _, length in found})
     assert len(found) == len(seeds) * len(lengths) > 0
@@ -154,9 +154,9 @@ def test_the_front_page_compares_what_the_records_hold():
     )
     columns = []
     for run, logn in (("rope", 0), ("fope", 0), ("fope", 2), ("alibi", 0), ("kerple", 0)):
-        n, n2, n4, _, n16 = measured("tiny", run=run, logn=logn).mean(0)
+        n, n2, n4, _, n16 = measured("", run=run, logn=logn).mean(0)
         behind = measured("behind_text", run=run, logn=logn).mean(0)[2]
-        first, *_, last = measured("tiny", "perplexity", run=run, logn=logn).mean(0)
+        first, *_, last = measured("", "perplexity", run=run, logn=logn).mean(0)
         columns.append([f"{n:.2f}; {first:.2f}", f"{n2:.2f}, {n4:.2f}", f"{behind:.2f}", f"{n16:.2f}; {last:.2f}"])
     for name, *row in zip(names, *columns):
         assert f"| {name} | {' | '.join(row)} |" in page("README.md")
@@ -174,28 +174,28 @@ def test_the_probe_behind_text_has_the_numbers_of_the_records(label):
 
 def test_the_powers_of_log_n_have_the_numbers_of_the_records():
     powers = [measured("powers", seeds=[0], logn=p)[0] for p in (0.5, 1, 1.5)]
-    powers += [measured("tiny", run="fope", logn=2)[0, 2:4], measured("powers", seeds=[0], logn=3)[0]]
+    powers += [measured("", run="fope", logn=2)[0, 2:4], measured("powers", seeds=[0], logn=3)[0]]
     at_4n, at_8n = (", ".join(f"{x:.2f}" for x in values) for values in zip(*powers))
     assert f"is {at_4n} (seed 0). At 8N, it is {at_8n}." in page()
 
 
 def test_scaling_at_test_time_has_the_numbers_of_the_records():
-    before, after = (cells(measured(name, "perplexity", run="rope"))[1] for name in ("tiny", "yarn2"))
+    before, after = (cells(measured(name, "perplexity", run="rope"))[1] for name in ("", "yarn2"))
     right = measured("yarn2", run="rope", scaling="yarn", scale=2.0, train_scaling="none")[:, 1]
     assert (right.mean(), right.min(), right.max()) == pytest.approx((0.19, 0.08, 0.32), abs=0.00501)
     assert f"from {before} to {after}. Its passkey accuracy rises from 0.00 to 0.19 (0.08-0.32)." in page()
 
 
 def test_seed_and_rounding_have_the_numbers_of_the_records():
-    h100, cpu = measured("tiny", run="fope")[0, 1], measured("cpu", seeds=[0])[0, 1]
+    h100, cpu = measured("", run="fope")[0, 1], measured("cpu", seeds=[0])[0, 1]
     assert f"Seed 0 has {h100:.2f} on the H100, {cpu:.2f} [on a CPU]" in page()
-    h100, cpu = measured("tiny", run="fope", logn=2)[0, 2], measured("cpu", seeds=[0], logn=2)[0, 2]
+    h100, cpu = measured("", run="fope", logn=2)[0, 2], measured("cpu", seeds=[0], logn=2)[0, 2]
     assert f"but {h100:.2f}, {cpu:.2f} and 0.32 at 4N" in page()
 
 
 @pytest.mark.parametrize("label, pos", [("FoPE", "fope"), ("RoPE", "rope"), ("KERPLE", "kerple")])
 def test_the_shares_of_attention_are_the_measured_ones(label, pos):
-    runs = json.loads((ROOT / "paper/results/attention.json").read_text()).values()
+    runs = json.loads((ROOT / "paper/results/tiny-d32/attention.json").read_text()).values()
     columns = []
     for run in (run for run in runs if run["pos"] == pos):
         head = np.unravel_index(np.argmax(run["rows"][0]["share"]), np.shape(run["rows"][0]["share"]))

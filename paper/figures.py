@@ -249,7 +249,7 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
                 at_n = np.array(run["rows"][0]["share"])
                 layer, head = np.unravel_index(at_n.argmax(), at_n.shape)
                 for row in run["rows"]:
-                    if row["p"] == p or row["length"] == run["train_len"]:  # up to N, log n changes nothing
+                    if set(row["p"]) == {p} or row["length"] == run["train_len"]:  # up to N, log n changes nothing
                         points.setdefault(row["length"], []).append(row["share"][layer][head])
             values, dash = list(points.values()), {} if p else dict(linestyle="--", linewidth=1.5)
             label = f"{pos}, p = 2" if p else f"{pos}, without log n"

@@ -45,28 +45,35 @@ def mean_qk(model: GPT, checkpoint: dict) -> dict:
     return {name: np.round([layer[i].tolist() for layer in seen], 3).tolist() for i, name in enumerate("qk")}
 
 
-def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dict]:
+def attention_on_key(model: GPT, checkpoint: dict, trials: int = 10) -> list[dict]:
     """How the queries that must name a digit of the key attend to the key's digits: numbers by layer and head.
 
-    share: the part of the attention on the digits. The others describe the logits. lead: the digits' mean, weighted by
-    attention, above the plain mean of all other tokens. spread: the standard deviation of the other tokens. gap: the
-    digits' mean above the mean of the other tokens, both weighted by attention. For normal logits, it is
-    lead - spread^2.
+    share: the part of the attention on the digits. near: that on the 16 latest tokens. lead: the digits' mean logit,
+    weighted by attention, above the plain mean of all other tokens. gap: the same above their mean weighted by
+    attention. A row has one length and the exponent p of log n in each layer: 0, 1 or 2 in all of them and, at 4N, 2 in
+    all but the last layer or in the last alone. right: the share of keys that the model names.
     """
-    cfg, N = model.cfg, model.cfg.train_len
-    tokenizer, seen = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], checkpoint["config"]["data"]), []
-    hooks = [
-        block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out)))
-        for block in model.blocks
-    ]
-    trained_logn, rows = model.logn, []
+    cfg, N, seen, p_of = model.cfg, model.cfg.train_len, [], {}
+    tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], checkpoint["config"]["data"])
+    hooks = []
+    for block in model.blocks:
+        hooks += [
+            block.attention.position.register_forward_hook(lambda module, args, out: seen.append((module, *out))),
+            block.register_forward_pre_hook(lambda block, args: (*args[:2], p_of[block], *args[3:])),
+        ]
+    last, rows = len(model.blocks) - 1, []
     for length in (N * m for m in (1, 2, 4, 8, 16)):
+        settings = [[p] * (last + 1) for p in (0.0, 1.0, 2.0)[: 3 if length > N else 1]]
+        if length == 4 * N:
+            settings += [[2.0] * last + [0.0], [0.0] * last + [2.0]]
         documents, _, _ = passkey_trials(tokenizer, length, trials, 0)
-        for p in (0.0, 2.0) if length > N else (0.0,):
-            model.logn, found = p, []
+        for p in settings:
+            p_of.update(zip(model.blocks, p))
+            found, right = [], 0
             for document in documents:
                 seen.clear()
-                model(torch.from_numpy(document[None, :-1].astype(np.int64)).to(model.head.weight.device), last=1)
+                tokens = torch.from_numpy(document[None].astype(np.int64)).to(model.head.weight.device)
+                right += (model(tokens[:, :-1], last=5).argmax(-1) == tokens[:, -5:]).all().item()
                 text = bytes(document.astype(np.uint8))
                 key = text[-5:]
                 first = text.index(key)
@@ -74,27 +81,28 @@ def attention_on_key(model: GPT, checkpoint: dict, trials: int = 20) -> list[dic
                 digits = torch.tensor([place + i for place in places for i in range(5)])
                 found.append([head_numbers(*layer, digits, cfg.d) for layer in seen])
             numbers = np.array(found).mean(0).transpose(1, 0, 2).round(4).tolist()  # (n_layer, n_head) each
-            rows.append({"length": length, "p": p} | dict(zip(("share", "lead", "spread", "gap"), numbers)))
-    model.logn = trained_logn
+            names = dict(zip(("share", "near", "lead", "gap"), numbers))
+            rows.append({"length": length, "p": p, "right": right / trials} | names)
     for hook in hooks:
         hook.remove()
     return rows
 
 
 def head_numbers(position, q: torch.Tensor, k: torch.Tensor, digits: torch.Tensor, head_dim: int) -> list:
-    """share, lead, spread and gap of each head in one document. q, k (1, n_head, T, d) are rotated; digits (10,)."""
+    """share, near, lead and gap of each head in one document. q, k (1, n_head, T, d) are rotated; digits (10,)."""
     T = k.shape[-2]
     i, j = torch.arange(T - 5, T, device=q.device)[:, None], torch.arange(T, device=q.device)  # five queries, all keys
     logits = (q[0, :, -5:] @ k[0].mT) / head_dim**0.5  # (n_head, 5, T)
     if hasattr(position, "bias"):
         logits = logits + position.bias(i, j)
-    share = logits.masked_fill(j > i, -torch.inf).softmax(-1)[..., digits].sum(-1)
+    weights = logits.masked_fill(j > i, -torch.inf).softmax(-1)
+    share, near = weights[..., digits].sum(-1), (weights * (i - j < 16)).sum(-1)
     other = torch.ones(T, dtype=torch.bool, device=q.device)
     other[digits], other[-4:] = False, False  # the last four keys are visible to some of the queries only
     own, others = logits[..., digits], logits[..., other]
     own = (own.softmax(-1) * own).sum(-1)  # (n_head, 5)
     gap = own - (others.softmax(-1) * others).sum(-1)
-    return [x.mean(-1).tolist() for x in (share, own - others.mean(-1), others.std(-1), gap)]
+    return [x.mean(-1).tolist() for x in (share, near, own - others.mean(-1), gap)]
 
 
 def reading_head(rows: list[dict], N: int) -> str:
@@ -105,11 +113,9 @@ def reading_head(rows: list[dict], N: int) -> str:
     """
     shares = np.array(rows[0]["share"])
     layer, head = np.unravel_index(shares.argmax(), shares.shape)
-    share, lead, spread, gap = (rows[0][name][layer][head] for name in ("share", "lead", "spread", "gap"))
-    return (
-        f"layer {layer}, head {head}: share {share:.2f}, lead {lead:.2f}, spread {spread:.2f}, "
-        f"lead - spread^2 {lead - spread**2:.2f}, gap {gap:.2f}, p = log N / gap = {math.log(N) / gap:.2f}"
-    )
+    share, lead, gap = (rows[0][name][layer][head] for name in ("share", "lead", "gap"))
+    p = math.log(N) / gap
+    return f"layer {layer}, head {head}: share {share:.2f}, lead {lead:.2f}, gap {gap:.2f}, p = log N / gap = {p:.2f}"
 
 
 def loss_by_position(model: GPT, data: str, split: str, length: int, windows: int, bins: int = 16) -> list[float]:

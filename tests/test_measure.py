@@ -47,8 +47,10 @@ def test_attention_on_the_key_is_that_of_transformers(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", **options).eval()
     with torch.no_grad():
         rows = measure.attention_on_key(ours, {"tokenizer": "bytes", "folder": "", "config": {"data": ""}}, trials=2)
-    assert [(row["length"] // N, row["p"]) for row in rows][:3] == [(1, 0), (2, 0), (2, 2)] and len(rows) == 9
-    for row in (rows[0], rows[2]):  # the exported model has p = 2, which acts beyond N only
+    settings = [(row["length"] // N, *row["p"]) for row in rows]
+    expected = [(1, 0, 0), *((2, p, p) for p in range(3)), *((4, p, p) for p in range(3)), (4, 2, 0), (4, 0, 2)]
+    assert settings[:9] == expected and len(rows) == 15
+    for row in (rows[0], rows[3]):  # the exported model has p = 2, which acts beyond N only
         documents, _, _ = passkey_trials(get_tokenizer("bytes"), row["length"], 2, 0)
         found = []
         for document in documents:
@@ -65,11 +67,23 @@ def test_attention_on_the_key_is_that_of_transformers(tmp_path):
                 own, rest = last[..., digits], last[..., others]
                 own_mean = (own * logits[..., digits]).sum(-1) / own.sum(-1)
                 gap = own_mean - (rest * logits[..., others]).sum(-1) / rest.sum(-1)
-                lead, spread = own_mean - logits[..., others].mean(-1), logits[..., others].std(-1)
-                layers.append(torch.stack([x.mean(-1) for x in (own.sum(-1), lead, spread, gap)]))
+                lead = own_mean - logits[..., others].mean(-1)
+                near = torch.stack(
+                    [last[:, i, len(text) - 5 - 16 + i : len(text) - 5 + i].sum(-1) for i in range(5)], -1
+                )
+                layers.append(torch.stack([x.mean(-1) for x in (own.sum(-1), near, lead, gap)]))
             found.append(torch.stack(layers, 1))  # (4, n_layer, n_head)
-        for name, values in zip(("share", "lead", "spread", "gap"), torch.stack(found).mean(0).numpy()):
+        for name, values in zip(("share", "near", "lead", "gap"), torch.stack(found).mean(0).numpy()):
             assert np.array(row[name]) == pytest.approx(values, abs=2e-3)
+
+
+def test_log_n_acts_in_the_layers_that_have_an_exponent(tmp_path):
+    """One layer is the last layer too: p = 2 in all but the last is p = 0, and 2 in the last is p = 2."""
+    model = run(tmp_path / "run", train_len=256, n_layer=1)
+    with torch.no_grad():
+        rows = measure.attention_on_key(model, {"tokenizer": "bytes", "folder": "", "config": {"data": ""}}, trials=1)
+    p0, p2, below, last = rows[4], rows[6], rows[7], rows[8]
+    assert (below["p"], last["p"]) == ([0.0], [2.0]) and below["share"] == p0["share"] != p2["share"] == last["share"]
 
 
 def test_a_learned_bias_is_part_of_the_attention_on_the_key():

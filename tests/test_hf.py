@@ -141,6 +141,7 @@ def test_an_imported_llama_is_trained_as_fope_and_exported(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Out
 
+FLOOR = dict(fourier_series=False, zero_phase=True)
 OUTPUTS = {  # options of the model, whether it needs modeling_fope.py
     "rope": (dict(pos="rope"), False),
     "rope, grouped": (dict(pos="rope", n_kv_head=2), False),
@@ -149,11 +150,11 @@ OUTPUTS = {  # options of the model, whether it needs modeling_fope.py
     "rope, yarn": (dict(pos="rope", scaling="yarn", scale=4.0, original_len=16, logit_scale=1.3), False),
     "rope with log n": (dict(pos="rope", logn=2.0), True),
     "rope-a": (dict(pos="rope", whole_cycles=True), True),
-    "the floor alone": (dict(fourier_series=False), False),
-    "the floor alone, grouped": (dict(fourier_series=False, n_kv_head=2), False),
-    "the floor alone, tied": (dict(fourier_series=False, tied=True), False),
-    "the floor alone, grouped, tied": (dict(fourier_series=False, n_kv_head=2, tied=True), False),
-    "the floor alone, as in the release": (dict(fourier_series=False, zero_phase=False), True),
+    "the floor alone": (FLOOR, False),
+    "the floor alone, grouped": (FLOOR | dict(n_kv_head=2), False),
+    "the floor alone, tied": (FLOOR | dict(tied=True), False),
+    "the floor alone, grouped, tied": (FLOOR | dict(n_kv_head=2, tied=True), False),
+    "the floor alone, as in the release": (dict(fourier_series=False), True),
     "neither half of FoPE": (dict(fourier_series=False, clip_floor=False), False),
     "fope": (dict(), True),
     "fope, grouped": (dict(n_kv_head=2), True),
@@ -202,7 +203,7 @@ def test_chunks_through_the_cache_of_transformers(tmp_path, pos):
 def test_the_floor_alone_keeps_as_many_pairs_in_transformers():
     for head_dim in range(4, 130, 2):
         for train_len in (16, 64, 500, 4096, 10**6):
-            model = GPT(GPTConfig(**SMALL | dict(n_embd=head_dim, n_head=1, fourier_series=False, train_len=train_len)))
+            model = GPT(GPTConfig(**SMALL | dict(n_embd=head_dim, n_head=1, train_len=train_len) | FLOOR))
             config = transformers.LlamaConfig(head_dim=head_dim, rope_parameters=convert.rope_parameters(model))
             rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
             assert (rope.inv_freq > 0).sum() == len(model.blocks[0].attention.position.omega)
@@ -509,7 +510,7 @@ torch.save(model(torch.load("tokens.pt")).logits.detach(), "logits.pt")"""
     torch.save(text(1, 4 * N), tmp_path / "tokens.pt")
     yarn = dict(scaling="yarn", scale=4.0, original_len=16, logit_scale=1.3)
     cases = [dict(pos="rope", theta=1e5), dict(pos="rope", theta=1e5, **yarn), dict(pos="rope", scaling="linear")]
-    for i, options in enumerate([*cases, dict(fourier_series=False), {}, {}]):
+    for i, options in enumerate([*cases, FLOOR, {}, {}]):
         ours, folder = exported(tmp_path / str(i), **options)
         command = [python, "-c", code, folder, *["trust"] * (i == 5)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -198,8 +198,9 @@ def test_with_skip_lost_each_p_is_measured_up_to_the_first_length_without_a_key(
 def test_keys_alone_need_no_data(run, data):
     make_run(run, make_model(pos="rope"), data="a folder that is not there")
     evaluate(run, "--trials=1", "--lengths=256", "--eval_tokens=0")
-    (record,) = plot.read(run / "eval.jsonl")
-    assert record["right"] in (0, 1) and "perplexity" not in record
+    evaluate((run / "ckpt.pt").rename(run / "other.pt"), "--trials=1", "--lengths=256", "--eval_tokens=0")
+    for record, name in zip(plot.read(run / "eval.jsonl"), ("toy-s0", "other")):
+        assert record["right"] in (0, 1) and "perplexity" not in record and record["run"] == name
 
 
 def pick(record):

@@ -20,7 +20,7 @@ from model import load_checkpoint, position_embedding
 from paper import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMITTED = ROOT / "paper/results/tiny-d32/eval.jsonl"
+COMMITTED = ROOT / "paper/results/tiny/eval.jsonl"
 
 
 def config(words):
@@ -56,7 +56,7 @@ CHANGES = [
     ("60M", "books-rope", dict(pos="rope", data="data/gutenberg")),
     ("60M", "fope-no-fs", dict(pos="fope", fourier_series=False, clip_floor=True)),
     ("60M", "fope-double-head-dim", dict(n_head=8, d=128, n_hidden=4096, n_layer=8)),
-    ("tiny", "fope-double-heads-layers", dict(n_head=8, d=32, n_hidden=1024, n_layer=6)),
+    ("tiny", "fope-double-heads-layers", dict(n_head=4, d=64, n_hidden=512, n_layer=6)),
     ("60M", "fope-then-yarn", dict(pos="fope", scaling="yarn", train_len=1024, init_from="out/60M/fope-s3")),
     ("60M", "rope-then-fope", dict(steps=1907, warmup=95, lr=3e-4, train_len=1024, init_from="out/60M/rope-s3")),
 ]

@@ -28,9 +28,9 @@ def run(cells):
 def test_it_runs_from_top_to_bottom_and_the_solutions_are_accepted():
     """Each check runs twice: on the blank answer and, at the end, on the solution."""
     (solutions,) = re.findall(r"```python\n(.*?)```", NOTEBOOK.cells[-1].source, re.DOTALL)
-    checks = "\n".join(f"print('solution {i}:', check_{i}())" for i in range(1, 6))
+    checks = "\n".join(f"print('solution {i}:', check_{i}())" for i in range(1, 7))
     printed = run([*NOTEBOOK.cells, nbformat.v4.new_code_cell(f"{solutions}\n{checks}")])
-    for i in range(1, 6):
+    for i in range(1, 7):
         assert f"exercise {i}: not answered yet" in printed and f"solution {i}: correct" in printed
 
 

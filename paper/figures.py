@@ -239,8 +239,8 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
 
     runs: what measure.attention_on_key() found in each model, by default the committed results.
     """
-    finding = "" if runs else ".\nWith log n, FoPE's stays up to 8N"
-    fig, (axis,) = panels(1, f"Attention on the key fades beyond N{finding}", 4)
+    finding = "" if runs else ". With it, FoPE's stays"
+    fig, (axis,) = panels(1, f"Without log n, attention on the key\nfades beyond N{finding}", 4)
     runs = runs or json.loads((RESULTS / "attention.json").read_text(encoding="utf-8")).values()
     for pos, look in (("rope", dict(color="black", linewidth=2)), ("fope", FOPE)):
         for p in (0.0, 2.0):

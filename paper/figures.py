@@ -1,6 +1,6 @@
 """The figures that explain RoPE and FoPE in the frequency domain. One function draws and returns one figure.
 
-    python paper/figures.py                                      draw all of them into paper/figures
+    python paper/figures.py            draw all of them into paper/figures, and bring lesson/index.html up to date
 
 The last ones show what measure.py found in trained models.
 
@@ -8,7 +8,9 @@ In all figures, FoPE is the thick colored line and RoPE is black. N is the train
 the frequencies, and sigma the size of FoPE's coefficients. A notebook can call each function with other values.
 """
 
+import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,10 +22,11 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import plot
 from fope import FoPE, RoPE, rope_frequencies
 from model import PRESETS, GPTConfig
 
-FOLDER, RESULTS = ROOT / "paper/figures", ROOT / "paper/results"
+FOLDER, RESULTS, PAGE = ROOT / "paper/figures", ROOT / "paper/results", ROOT / "lesson/index.html"
 FOPE = dict(color="#d55e00", linewidth=4)
 matplotlib.rcParams.update(
     {"font.size": 12, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False}
@@ -264,7 +267,28 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
     return fig
 
 
+def page() -> str:
+    """lesson/index.html with FoPE's defaults and the records of the tiny runs that differ in the embedding alone."""
+    parameters = inspect.signature(FoPE).parameters
+    defaults = {name: parameters[name].default for name in ("theta", "sigma", "coef_init", "zero_phase")}
+    records = [record for record in plot.read(RESULTS / "tiny/eval.jsonl") if record["run"] == record["pos"]]
+    lengths, runs = sorted({record["length"] for record in records}), []
+    for some in plot.group(records).values():
+        run = {"pos": some[0]["pos"], "p": some[0]["logn"], "seeds": len({record["seed"] for record in some})}
+        for name in ("right", "perplexity"):  # at each length: mean, lowest and highest seed, or nothing
+            seeds = [plot.values_of([r for r in some if r["length"] == length], name) for length in lengths]
+            run[name] = [[round(float(f(x)), 2) for f in (np.mean, min, max)] if x else [] for x in seeds]
+        runs.append(run)
+    data = {"defaults": defaults, "N": records[0]["train_len"], "lengths": lengths, "runs": runs}
+    text = re.sub(r"\.0\b", "", json.dumps(data, separators=(",", ":")))
+    lines = re.sub("(.{1,119},)", r"\1\n", text)
+    before, start, rest = PAGE.read_text(encoding="utf-8").partition('id="data">\n')
+    return before + start + lines + "\n" + rest[rest.index("</script>") :]
+
+
 def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written: {PAGE}")
     torch.set_num_threads(1)  # many small operations: more threads would wait for each other
     FOLDER.mkdir(exist_ok=True)
     explain = (frequencies, truncation, mixing, blind_coefficients, both_positions, decay)

@@ -202,12 +202,13 @@ def label_ends(axis) -> None:
 def figure(records: list[dict], title: str = ""):
     """Each metric against length: the mean of each run, and a band over the range of its seeds.
 
-    Committed records are dashed. Variants of one embedding are thin, and where log n is shown, lines without it.
+    Thin are committed records (dashed), variants of one embedding and, where log n is shown, lines without it.
     """
     from matplotlib.ticker import LogFormatter
 
     groups, highest = group(records), max(record["logn"] for record in records)
-    variants = Counter((some[0]["pos"], some[0]["logn"]) for some in groups.values())
+    own = [some[0] for some in groups.values() if not some[0].get("committed")]
+    variants = Counter((record["pos"], record["logn"]) for record in own)
     seeds = sorted({len({record["seed"] for record in some}) for some in groups.values()})
     subtitle = f"mean of {seeds[0]}{f' to {seeds[-1]}' * (len(seeds) > 1)} seeds; band: lowest to highest"
     shown = [record for some in groups.values() for record in some]
@@ -220,7 +221,7 @@ def figure(records: list[dict], title: str = ""):
             points = {length: values for length, values in points.items() if values}
             pos, logn = some[0]["pos"], some[0]["logn"]
             look = LOOKS.get(pos, {"color": "0.45"})
-            if pos not in LOOKS or logn < highest or variants[pos, logn] > 1:
+            if pos not in LOOKS or logn < highest or variants[pos, logn] > 1 or some[0] not in own:
                 look = dict(color=look["color"], linewidth=1, marker="^Dv<>Pd*Xp"[i % 10], markersize=5, zorder=3)
             look = look | dict(linestyle="--" if some[0].get("committed") else "-")
             axis.plot(points.keys(), [np.mean(values) for values in points.values()], label=label, **look)

@@ -51,8 +51,8 @@ LOGN = {  # the runs of each that are shown with log n too, p = 2
     "logn": EXPERIMENTS["logn"],
 }
 TITLES = {  # of the figures of tiny that the pages show
-    "fig1": "With log n at test time, FoPE finds nine keys in ten at 4N. RoPE finds none",
-    "logn": "Log n lets FoPE retrieve at 4N. It harms KERPLE and FIRE",
+    "fig1": "With log n at test time, FoPE finds nine keys in ten at 8N. RoPE loses half at 2N",
+    "logn": "Log n lets FoPE find nine keys in ten at 8N. It harms KERPLE",
 }
 
 

@@ -154,10 +154,8 @@ def test_the_front_page_compares_what_the_records_hold():
     columns = []
     for run, logn in (("rope", 0), ("rope", 2), ("fope", 0), ("fope", 2), ("alibi", 0), ("kerple", 0)):
         right, perplexity = (measured("tiny", metric, run=run, logn=logn).mean(0) for metric in ("right", "perplexity"))
-        columns.append([*(f"{x:.2f}" for x in right), *(f"{x:.2f}" for x in perplexity[[0, 2, 4]])])
-    names = [f"passkey at {n}" for n in ("N", "2N", "4N", "8N", "16N")] + [
-        f"perplexity at {n}" for n in ("N", "4N", "16N")
-    ]
+        columns.append([*(f"{x:.2f}" for x in right[1:]), *(f"{x:.2f}" for x in perplexity[[0, 4]])])
+    names = [f"passkey at {n}" for n in ("2N", "4N", "8N", "16N")] + [f"perplexity at {n}" for n in ("N", "16N")]
     for name, *row in zip(names, *columns):
         assert f"| {name} | {' | '.join(row)} |" in page("README.md")
 

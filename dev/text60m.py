@@ -4,8 +4,8 @@
     python dev/text60m.py . text60m               # a few minutes
 
 text60m gets train, val and passkey as .jsonl.bz2, together at most 44 MiB, so that they can go where little can be
-copied to. Whole documents are held out, one in forty. ranks/ gets the files of GPT-2's tokenizer, which tiktoken
-downloads. paper/README.md has the licenses and the next commands.
+copied to. Whole documents are held out, one in forty. tiktoken downloads the files of GPT-2's tokenizer to ranks/,
+unless they are there. paper/README.md has the licenses and the next commands.
 """
 
 import bz2

@@ -5,11 +5,17 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from data import prepare
 from data.tokenizer import get_tokenizer
 from model import GPT
 from train import TrainConfig
+
+# The same examples in every run, however slow the machine is.
+checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("repository", deadline=None, derandomize=True, suppress_health_check=checks)
+settings.load_profile("repository")
 
 
 def make_data(folder, train, val, tokenizer="bytes"):
@@ -42,6 +48,21 @@ def llama_of(ours):
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=c.vocab_size, **shape, **more))
     llama.load_state_dict(in_llama_names(c, ours.state_dict()), strict=not c.tied)  # tied: lm_head is the embedding
     return llama
+
+
+def make_llama(folder, shards="5GB", **options):
+    """A random Llama as a Hugging Face folder, N = 64, with a tokenizer of 257 bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf.convert import byte_level_bpe
+
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=257)
+    more = dict(max_position_embeddings=64, initializer_range=0.1, eos_token_id=256)
+    model = LlamaForCausalLM(LlamaConfig(**shape | more | options)).eval()
+    model.save_pretrained(folder, max_shard_size=shards)
+    byte_level_bpe(get_tokenizer("bytes"), folder)
+    return model
 
 
 @pytest.fixture

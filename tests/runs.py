@@ -1,19 +1,24 @@
-"""Small runs of train.py in processes forked from a server that imports torch once."""
+"""Small runs of train.py in processes forked from a server that imports torch once, and what may happen to them."""
 
+import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 
@@ -26,8 +31,8 @@ forks.set_forkserver_preload(["torch._dynamo", "test_train"])
 STEPS, N, BATCH, SEQUENCES = 20, 32, 8, 45
 FLAGS = (
     f"--n_layer=1 --n_head=2 --n_embd=32 --n_hidden=64 --train_len={N} --batch_tokens={BATCH * N} "
-    f"--micro_tokens={2 * N} --steps={STEPS} --warmup=0 --lr=2e-3 --init_std=0.02 --log_every=1 --eval_every=10 "
-    "--save_every=8 --eval_trials=0 --compile=off --dtype=float32 --device=cpu"
+    f"--micro_tokens={2 * N} --steps={STEPS} --warmup=0 --lr=2e-3 --init_std=0.02 --optimizer=muon --final_lr=0 "
+    "--log_every=1 --eval_every=10 --save_every=8 --eval_trials=0 --compile=off --dtype=float32 --device=cpu"
 ).split()
 FOX = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 100, dtype=np.uint8).astype(np.uint16)
 
@@ -56,7 +61,7 @@ def logged(out, name):
 
 
 def checkpoint(out):
-    return torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else {"step": None}
+    return torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else {"step": 0}
 
 
 def free_port():
@@ -81,13 +86,14 @@ def child(folder, argv, patches, env):
 def run(argv, *patches, world=1, rank=None):
     """train.main() in `world` processes as torchrun starts and ends them. The patches are for one rank; None: for all.
 
-    The returncode is a list if there are several processes.
+    A single process has no RANK. So it has to train alone, although the other variables say something else. The
+    returncode is a list with that of each process.
     """
-    env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env = {"WORLD_SIZE": str(max(world, 2)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENV):
         for r in range(world):
-            ranks = env | {"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {}
+            ranks = env | {"LOCAL_RANK": str(r)} | ({"RANK": str(r)} if world > 1 else {})
             args = folder, argv, patches if rank in (None, r) else (), ranks
             processes.append(forks.Process(target=child, args=args))
             processes[-1].start()
@@ -99,11 +105,69 @@ def run(argv, *patches, world=1, rank=None):
                     process.kill()
                     process.join()
         printed = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
-    status = [process.exitcode for process in processes]
-    return subprocess.CompletedProcess(argv, status if world > 1 else status[0], *printed)
+    return subprocess.CompletedProcess(argv, [process.exitcode for process in processes], *printed)
 
 
 def start(*argv, **env):
     """A Python command of its own, as from a shell."""
     env = os.environ | ENV | env
     return subprocess.Popen([sys.executable, *argv], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Patches for run(). An action is a signal or a function.
+
+
+def at_step(n, action):
+    """The action after the n-th step of AdamW in this process, with or without another optimizer beside it."""
+    return partial(hook_steps, n, action)
+
+
+def hook_steps(n, action):
+    steps = itertools.count(1)
+
+    def hook(optimizer, *_):
+        if isinstance(optimizer, torch.optim.AdamW) and next(steps) == n:
+            act(action)
+
+    return register_optimizer_step_post_hook(hook)
+
+
+def before_call(n, function, action):
+    """The action before the n-th call of a function, which is given by its name."""
+    return partial(patch_call, n, function, action)
+
+
+def patch_call(n, function, action):
+    owner, name = function.rsplit(".", 1)
+    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
+    real = getattr(owner, name)
+
+    def patched(*args, **kwargs):
+        if next(calls) == n:
+            act(action)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def act(action):
+    if isinstance(action, signal.Signals):
+        os.kill(os.getpid(), action)
+    else:
+        action()
+
+
+def leave_room(size):
+    """From now on, a file takes no more than the log has and `size` bytes. stdout is a file too: away with it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    (out,) = (word.removeprefix("--out=") for word in sys.argv if word.startswith("--out="))
+    limit = Path(out, "log.jsonl").stat().st_size + size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def close_pipe():
+    """From now on, stdout is a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)

@@ -1,26 +1,19 @@
 """train.py and the model on a CUDA GPU, against the CPU. Skipped where there is no GPU."""
 
-import shutil
-from signal import SIGTERM
-
 import numpy as np
 import pytest
 import torch
 from conftest import make_data
-from runs import FOX, ROOT, checkpoint, logged, run, start
-from stops import at_step
+from runs import FOX, ROOT, logged, run, start
 
 import train
-from model import load_model
 
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 # The tiny preset on 16 sequences, 8 a step. The recipe's warmup would hardly move the weights in 20 steps.
-FLAGS = (
-    "--steps=20 --warmup=0 --batch_tokens=4096 --log_every=1 --save_every=10 --eval_every=20 --eval_tokens=1024 "
-    "--eval_trials=0"
-).split()
+FLAGS = "--steps=20 --warmup=0 --batch_tokens=4096 --log_every=1 --save_every=10 --eval_every=20 --eval_tokens=1024"
+FLAGS = f"{FLAGS} --eval_trials=0".split()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +26,7 @@ def trained(out, data, *flags, device=GPU, dtype="float32", compiled="off"):
     if not out.exists():
         more = [f"--device={device}", f"--dtype={dtype}", f"--compile={compiled}", *flags]
         result = run([*FLAGS, f"--data={data}", f"--out={out}", *more])
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == [0], result.stderr
     return out
 
 
@@ -49,41 +42,6 @@ def test_trains_as_on_the_cpu(pos, data, folder):
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4) and len(ours) == 20
     fast = logged(trained(folder / f"{pos}-fast", data, f"--pos={pos}", dtype="bfloat16", compiled="on"), "loss")
     assert fast == pytest.approx(theirs, rel=0.02, abs=0.02)
-
-
-@pytest.mark.parametrize("saved_on, loaded_on", [(GPU, "cpu"), ("cpu", GPU)])
-def test_a_checkpoint_moves_between_devices(saved_on, loaded_on, data, folder, tmp_path):
-    saved = trained(folder / f"fope-{'cpu' if saved_on == 'cpu' else 'gpu'}", data, "--pos=fope", device=saved_on)
-    out = shutil.copytree(saved, tmp_path / "fope")
-    model, _ = load_model(out)
-    x = torch.from_numpy(FOX[:1500].astype(np.int64))[None]  # beyond N
-    with torch.no_grad():
-        expected = model.to(saved_on)(x.to(saved_on)).cpu()
-        torch.testing.assert_close(model.to(loaded_on)(x.to(loaded_on)).cpu(), expected, atol=1e-3, rtol=0)
-    longer = [f"--out={out}", "--resume", "--steps=22", f"--device={loaded_on}", "--dtype=float32", "--compile=off"]
-    result = run([*longer, f"--data={data}"])
-    assert result.returncode == 0, result.stderr
-    assert checkpoint(out)["step"] == 22
-
-
-@pytest.mark.parametrize("pos", ["fope", "rope", "alibi", "kerple"])
-def test_generates_with_a_cache(pos, data, folder):
-    model = load_model(trained(folder / f"{pos}-gpu", data, f"--pos={pos}"))[0].to(GPU)
-    tokens = torch.from_numpy(FOX[:40].astype(np.int64))[None].to(GPU)
-    expected = tokens
-    with torch.no_grad():
-        for _ in range(20):
-            expected = torch.cat([expected, model(expected, last=1).argmax(-1)], dim=1)
-    assert model.generate(tokens, 20).tolist() == expected.tolist()
-
-
-def test_stops_at_sigterm_and_resumes(data, folder):
-    whole = trained(folder / "whole", data)
-    flags = [*FLAGS, f"--data={data}", f"--out={folder / 'stopped'}", "--dtype=float32", "--compile=off"]
-    result = run(flags, at_step(8, SIGTERM))
-    assert result.returncode == 0 and checkpoint(folder / "stopped")["step"] == 8, result.stderr
-    assert run([*flags, "--resume"]).returncode == 0
-    assert logged(folder / "stopped", "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
 
 
 def test_torchrun_with_nccl(data, folder):

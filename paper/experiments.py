@@ -48,6 +48,7 @@ LOGN = {  # the runs of each that are shown with log n too, p = 2
     "fig1": ["rope", "fope"],
     "fig6a": ["fope", "fope-no-fs", "fope-no-cf", "books-fope", "books-fope-no-fs", "books-fope-no-cf"],
     "table2": ["rope", "rope-qknorm"],
+    "release": ["fope", "fope-eq13"],
     "logn": EXPERIMENTS["logn"],
 }
 TITLES = {  # of the figures of tiny that the pages show

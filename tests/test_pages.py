@@ -20,7 +20,8 @@ from fope import FoPE, RoPE, rotate
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "README.md": 1800,
-    "paper/README.md": 4220,
+    "paper/README.md": 4400,
+    "paper/guarantees.md": 600,
     "data/README.md": 1200,
     "hf/README.md": 1050,
 }  # and their words at most
@@ -179,16 +180,43 @@ def test_scaling_at_test_time_has_the_numbers_of_the_records():
     )
 
 
-@pytest.mark.parametrize("label, pos", [("FoPE", "fope"), ("RoPE", "rope"), ("KERPLE", "kerple")])
-def test_the_shares_of_attention_are_the_measured_ones(label, pos):
-    runs = json.loads((ROOT / "paper/results/tiny-d32/attention.json").read_text()).values()
-    columns = []
-    for run in (run for run in runs if run["pos"] == pos):
-        head = np.unravel_index(np.argmax(run["rows"][0]["share"]), np.shape(run["rows"][0]["share"]))
-        share = {(row["length"] // 512, row["p"]): row["share"][head[0]][head[1]] for row in run["rows"]}
-        columns.append([share[key] for key in ((1, 0), (2, 0), (4, 0), (16, 0), (16, 2))])
-    row = [f"{min(values):.2f}-{max(values):.2f}" for values in zip(*columns)]
-    assert len(columns) == 4 and f"| {label} | {' | '.join(row)} |" in page()
+LAYERS = {  # the exponents of log n in the three layers
+    "none": [0.0, 0.0, 0.0],
+    "p = 1 in all layers": [1.0, 1.0, 1.0],
+    "p = 2 in all layers": [2.0, 2.0, 2.0],
+    "p = 2 in all but the last": [2.0, 2.0, 0.0],
+    "p = 2 in the last alone": [0.0, 0.0, 2.0],
+}
+
+
+def fope_rows(length, p):
+    """The measured row of each FoPE model, and the head that reads the key at N."""
+    for run in json.loads((ROOT / "paper/results/attention.json").read_text()).values():
+        if run["pos"] == "fope":
+            shares = np.array(run["rows"][0]["share"])
+            (row,) = (row for row in run["rows"] if row["length"] == length and row["p"] == p)
+            yield row, np.unravel_index(shares.argmax(), shares.shape)
+
+
+@pytest.mark.parametrize("label", LAYERS)
+def test_what_log_n_does_in_which_layers_is_what_was_measured(label):
+    found = [
+        (row["right"], row["share"][layer][head], row["lead"][layer][head])
+        for row, (layer, head) in fope_rows(2048, LAYERS[label])
+    ]
+    right, share, lead = zip(*found)
+    *both, _ = cells(np.array([right, share, lead]).T)
+    lead = f"{np.mean(lead):.1f} ({min(lead):.1f}-{max(lead):.1f})"
+    assert len(found) == 4 and f"| {label} | {' | '.join(both)} | {lead} |" in page()
+
+
+def test_the_first_layers_attention_on_the_latest_tokens_is_the_measured_one():
+    near = []
+    for length, p in ((512, 0.0), (8192, 0.0), (8192, 1.0), (8192, 2.0)):
+        near.append([np.mean(row["near"][0]) for row, _ in fope_rows(length, [p] * 3)])
+    at_n, p0, p1, p2 = cells(np.array(near).T)
+    assert f"They put {at_n} of their attention on the 16 latest tokens at N." in page()
+    assert f"falls to {p0} without log n and to {p1} with p = 1. With p = 2, it is {p2}." in page()
 
 
 def test_the_losses_of_smollm2_are_the_measured_ones():

@@ -12,6 +12,8 @@ from data.tokenizer import get_tokenizer
 from model import GPT
 from train import TrainConfig
 
+torch.set_num_threads(1)  # small models compute faster so, and two processes of pytest share the cores
+
 # The same examples in every run, however slow the machine is.
 checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile("repository", deadline=None, derandomize=True, suppress_health_check=checks)

@@ -8,10 +8,11 @@ import torch
 from conftest import make_run
 from runs import ROOT
 
+import sample
 from model import GPT, GPTConfig
 
 
-def test_the_command_continues_the_prompt_and_the_seed_decides_the_sample(tmp_path):
+def test_the_command_continues_the_prompt_and_the_seed_decides_the_sample(tmp_path, capsys):
     """With a model of nothing but embedding and head, made by hand: each byte is followed by the next one."""
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=128, n_hidden=8, vocab_size=320, train_len=16))
     with torch.no_grad():
@@ -21,12 +22,12 @@ def test_the_command_continues_the_prompt_and_the_seed_decides_the_sample(tmp_pa
         model.blocks[0].mlp.down.weight.zero_()
     make_run(tmp_path, model)
 
-    def sample(prompt, *argv):
-        command = [sys.executable, ROOT / "sample.py", tmp_path, prompt, "--temperature=1000", "--device=cpu", *argv]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    assert sample("\xe9abc", "--tokens=5", "--top_k=1") == "?abcdefgh\n"  # what the terminal lacks is replaced
-    texts = [sample("a", f"--seed={seed}") for seed in (1, 1, 2)]
+    argv = [str(tmp_path), "\xe9abc", "--tokens=5", "--temperature=1000", "--device=cpu"]
+    command, env = [sys.executable, ROOT / "sample.py", *argv, "--top_k=1"], os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?abcdefgh\n", "")  # what the terminal lacks is replaced
+    texts = []
+    for seed in (1, 1, 2):
+        sample.main([*argv, f"--seed={seed}"])
+        texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]

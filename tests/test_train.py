@@ -35,9 +35,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def this_process():
-    """Runs in this process have one thread, as those in processes of their own. One that is refused leaves handlers."""
+    """A run that is refused leaves its handlers of signals."""
     kept = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGHUP, SIGUSR1)}
-    torch.set_num_threads(1)
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

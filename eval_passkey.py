@@ -155,7 +155,7 @@ def measure(path: Path, options: Options):
     device, dtype, autocast = find_device(options.device, options.dtype)
     model, checkpoint = load_model(path)
     config, N = checkpoint["config"], model.cfg.train_len
-    name = path.stem if path.is_file() and path.name != "ckpt.pt" else folder_of(path).name
+    run = path.stem if path.is_file() and path.name != "ckpt.pt" else folder_of(path).name
     lengths, powers = lengths or [N * m for m in (1, 2, 4, 8, 16)], powers or [model.logn]
     if options.scaling != "none":
         scale_frequencies(model, options.scaling, options.scale)
@@ -195,7 +195,7 @@ def measure(path: Path, options: Options):
                     measured["perplexity"] = round(ppl, 4)
             if not measured["right"]:
                 lost.add(model.logn)
-            yield {"run": name} | own | facts | {"logn": model.logn, "length": length} | measured
+            yield {"run": run} | own | facts | {"logn": model.logn, "length": length} | measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------

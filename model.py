@@ -27,10 +27,10 @@ PRESETS = {  # the paper's names count one embedding matrix
     # The paper's init_std 0.02 is 0.45 / sqrt(n_embd) at 60M. At width 128 it is too small: retrieval starts late.
     "tiny": dict(n_layer=3, n_head=2, n_embd=128, n_hidden=256, init_std=0.06),  # heads of 64, as in the others
     "60M": dict(n_layer=8, n_head=8, n_embd=512, n_hidden=2048, sigma=0.3),
-    "60M-short": dict(n_layer=8, n_head=8, n_embd=512, n_hidden=2048, sigma=0.3),  # another recipe: see train.py
     "180M": dict(n_layer=8, n_head=8, n_embd=1024, n_hidden=4096, sigma=0.4),
     "1.2B": dict(n_layer=16, n_head=16, n_embd=2048, n_hidden=8192, sigma=0.6),
 }
+PRESETS["60M-short"] = PRESETS["60M"]  # train.py has another recipe for it
 
 
 @dataclass

@@ -119,7 +119,7 @@ def words_of(flags: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def commands(run: str, seed: int, scale: str, trials: int, records: list[dict], dtype: str = "auto") -> list[list[str]]:
+def commands(run: str, seed: int, scale: str, trials: int, records: list[dict]) -> list[list[str]]:
     """The words of the commands that a run takes: none if its records exist."""
     runs, tiny = runs_of(configure({"model": scale})), scale == "tiny"
     texts, powers = ["data/builtin" if tiny else "data/c4"], (0, 2) if run in sum(LOGN.values(), []) else (0,)
@@ -128,14 +128,14 @@ def commands(run: str, seed: int, scale: str, trials: int, records: list[dict], 
     last = dict(run=run, seed=seed, trials=trials, data=texts[-1], logn=powers[-1], length=LENGTHS[-1])
     if any(last.items() <= {name: record[name] for name in last}.items() for record in records):
         return []
-    found, dtypes = [], {} if dtype == "auto" else dict(dtype=dtype)
+    found = []
     for name in dict.fromkeys([runs[run].get("init_from", run), run]):
-        flags, out = runs[name] | dtypes | dict(seed=seed, eval_trials=0), f"out/{scale}/{name}-s{seed}"
+        flags, out = runs[name] | dict(seed=seed, eval_trials=0), f"out/{scale}/{name}-s{seed}"
         if "init_from" in flags:
             flags["init_from"] = f"out/{scale}/{flags['init_from']}-s{seed}"
         flags |= dict(out=out, resume=True) if (ROOT / out).exists() else dict(out=out)
         found.append([*(["python"] if tiny else TORCHRUN), "train.py", f"--model={scale}", *words_of(flags)])
-    flags = dtypes | dict(lengths=",".join(map(str, LENGTHS)), logn=",".join(map(str, powers)), trials=trials)
+    flags = dict(lengths=",".join(map(str, LENGTHS)), logn=",".join(map(str, powers)), trials=trials)
     return found + [["python", "eval_passkey.py", out, *words_of(flags | dict(data=text))] for text in texts]
 
 
@@ -223,7 +223,6 @@ def main(argv: list[str]) -> None:
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
     add("--trials", type=int, help="passkey trials per length (default: 50 for tiny, else 1000)")
-    add("--dtype", default="auto", help="auto, bfloat16 or float32 (default: auto)")
     add("--jobs", type=int, help="runs at a time for tiny (default: one on every CPU core or GPU)")
     add("--dry_run", action="store_true", help="print the commands and end")
     args = parser.parse_args(argv)
@@ -238,7 +237,7 @@ def main(argv: list[str]) -> None:
     results = ROOT / f"paper/results/{args.scale}/eval.jsonl"
     flags, jobs, done = runs_of(configure({"model": args.scale})), {}, [] if args.dry_run else records_in(results)
     for seed, run in itertools.product(numbers("seeds", args.seeds, 0), runs):
-        if todo := commands(run, seed, args.scale, trials, done, args.dtype):
+        if todo := commands(run, seed, args.scale, trials, done):
             start = flags[run].get("init_from", "")
             # Runs that continue one run follow each other, so that it is trained once.
             job = dict(run=run, seed=seed, init_from=start, commands=todo)

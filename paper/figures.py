@@ -65,7 +65,9 @@ def frequencies(N: int = 512, theta: float = 10_000.0, head_dim: int = 64, sigma
     t, M = torch.arange(2 * N + 1), int(kept.sum())
     rope = RoPE(head_dim=head_dim, theta=theta).cos_sin(t, torch.float64)[0][0].numpy()  # (2 N + 1, head_dim / 2)
     position = FoPE(n_head=1, head_dim=head_dim, train_len=N, theta=theta, sigma=sigma, seed=0)
-    fope = position.cos_sin(t, torch.float64)[0][0].numpy()  # with the ones of the clipped pairs
+    cos = position.cos_sin(t, torch.float64)[0][0]  # with the ones of the clipped pairs, or without, as in Eq. 13
+    fope = np.ones_like(rope)
+    fope[:, : cos.shape[-1]] = cos
     shown = [m for m in (M - 4, M - 1, M + 1, M + 6) if 0 <= m < len(omega)]
     for row, m in enumerate(shown):
         unseen = (t > N) & (omega[m] * t < 2 * np.pi)

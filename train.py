@@ -9,8 +9,8 @@ The last command runs on each of two machines. Both need the data, and a disk th
 and SIGUSR1 save a checkpoint and stop. torchrun forwards all of them, if given
 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1.
 
-The order of the data depends on the seed and the step alone. So a resumed run continues bit for bit, and 1, 2 or 4
-processes train the same model up to rounding.
+The order of the data depends on the seed and the step alone. So a resumed run continues bit for bit on a CPU with one
+thread, and up to rounding elsewhere. 1, 2 or 4 processes train the same model up to rounding.
 """
 
 import functools

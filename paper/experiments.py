@@ -42,13 +42,14 @@ EXPERIMENTS = {  # the runs of each
     "fig6c": ["fope", "fope-d32", "fope-d64", "fope-d128"],
     "table2": ["rope", "rope-qknorm", "rope-a", "rope-a-qknorm", "nope", "nope-qknorm"],
     "release": ["fope", "fope-eq13", "fope-normal"],
+    "qknorm": ["rope", "rope-qknorm", "fope", "fope-qknorm"],
     "logn": ["alibi", "kerple", "fire", "rope", "fope"],
 }
 LOGN = {  # the runs of each that are shown with log n too, p = 2
     "fig1": ["rope", "fope"],
     "fig6a": ["fope", "fope-no-fs", "fope-no-cf", "books-fope", "books-fope-no-fs", "books-fope-no-cf"],
-    "table2": ["rope", "rope-qknorm"],
-    "release": ["fope", "fope-eq13"],
+    "release": ["fope", "fope-eq13", "fope-normal"],
+    "qknorm": ["rope", "rope-qknorm", "fope", "fope-qknorm"],
     "logn": EXPERIMENTS["logn"],
 }
 TITLES = {  # of the figures of tiny that the pages show
@@ -91,6 +92,7 @@ def runs_of(p: TrainConfig) -> dict[str, dict]:
         "rope-qknorm": dict(pos="rope", qk_norm=True),
         "rope-a": dict(pos="rope", whole_cycles=True),
         "rope-a-qknorm": dict(pos="rope", whole_cycles=True, qk_norm=True),
+        "fope-qknorm": dict(qk_norm=True),
         "nope-qknorm": dict(pos="nope", qk_norm=True),
         "fope-eq13": dict(zero_phase=True),
         "fope-normal": dict(coef_init="normal"),

@@ -2,6 +2,7 @@
 
     python paper/experiments.py fig1                 tiny: one run per CPU core or GPU, side by side
     python paper/experiments.py fig1 --scale=1.2B    as in the paper: torchrun on all GPUs, one run after another
+    python paper/experiments.py tables               no training: write the tables and figures of the records again
 
 A run is a command of train.py and some of eval_passkey.py. They are printed. You can type them instead. A run whose
 records exist is skipped. Ctrl-C and SIGTERM let the running commands save, and then the same command resumes. Records
@@ -220,7 +221,7 @@ def report(experiment: str, scale: str, records: list[dict]) -> None:
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("experiment", choices=[*EXPERIMENTS, "table1"], help="table1 only prints its commands")
+    add("experiment", choices=[*EXPERIMENTS, "table1", "tables"], help="table1 only prints its commands")
     add("--scale", choices=SCALES, default="tiny", help="the size of the model (default: tiny)")
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
@@ -232,6 +233,10 @@ def main(argv: list[str]) -> None:
         raise UserError("--jobs and --trials must be at least 1")
     if args.experiment == "table1":
         return say("\n".join(TABLE1))
+    if args.experiment == "tables":
+        for file in sorted((ROOT / "paper/results" / args.scale).glob("*.md")):
+            report(file.stem, args.scale, records_in(file.parent / "eval.jsonl"))
+        return
     tiny, known = args.scale == "tiny", runs_in(args.experiment, args.scale)
     runs, trials = args.runs.split(",") if args.runs else known, args.trials or (50 if tiny else 1000)
     if unknown := set(runs) - set(known):

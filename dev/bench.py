@@ -1,17 +1,11 @@
 """How fast, against what one would use instead: every line is a ratio of two things timed alternately in one run.
 
-python dev/bench.py                       every section below but data and gpu, in one table
-python dev/bench.py step                  training steps: FoPE, ALiBi, KERPLE, NoPE against RoPE; the batcher's share
-python dev/bench.py length                a forward pass at 512 .. 16 384 tokens: time and memory
-python dev/bench.py transformers          our RoPE model against Llama's with the same weights, and against GPT-2's
-python dev/bench.py passkey               a trial by one forward pass, against greedy generation
-python dev/bench.py data                  data/prepare.py [MB] against the bare tokenizer, and its memory
+python dev/bench.py step                  training steps: FoPE, ALiBi, KERPLE, NoPE against RoPE
+python dev/bench.py data [MB [ROUNDS]]    data/prepare.py against the bare tokenizer, and its memory
 python dev/bench.py gpu [60M 180M 1.2B]   FoPE, RoPE, Llama: tokens/s, share of the card's peak
 """
 
 import base64
-import contextlib
-import ctypes
 import gc
 import gzip
 import json
@@ -25,12 +19,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import regex  # tiktoken needs it too
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -38,9 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from common import UserError, command, find_device
 from data import prepare
 from data.tokenizer import GPT2_PATTERN, get_tokenizer
-from eval_passkey import passkey_right, passkey_trials
 from model import GPT, PRESETS, GPTConfig
-from train import PEAK, RECIPES, batch_sequences, take
+from train import PEAK, RECIPES
 
 DEVICE, DTYPE, autocast = find_device()
 
@@ -86,115 +76,19 @@ def trainer(model, loss_of, compiled: bool = False):
     return step
 
 
-SHAPES = {"tiny": (8, 320, 60), "60M": (4, 50_304, 5)}  # sequences of 512 a step, vocabulary, rounds
-
-
 def step() -> None:
-    for preset, (B, vocab, rounds) in SHAPES.items():
-        x, y = batch(B, 512, vocab)
-        for compiled in (False, True):
-            models = {
-                pos: GPT(GPTConfig(pos=pos, vocab_size=vocab, **PRESETS[preset]))
-                for pos in ("rope", "fope", "alibi", "kerple", "nope")
-            }
-            steps = [trainer(model, lambda run: run(x, y), compiled) for model in models.values()]
-            times = dict(zip(models, alternate(rounds, *steps)))
-            how = f"{preset} step, {'compiled' if compiled else 'eager'}"
-            for pos, goal in (("fope", "<= 1.02"), ("alibi", "<= 1.10"), ("kerple", ""), ("nope", "")):
-                row(f"{how}: {pos} / rope", times[pos], times["rope"], goal)
-            if preset == "tiny":
-                tokens = np.zeros(10**7, np.uint16)
-                mine = alternate(
-                    rounds, lambda: take(tokens, batch_sequences(0, 1000, B, 10**7 // 512 - 1), 512, DEVICE)
-                )[0]
-                row(f"{how}: batcher / rope", mine, times["rope"], "< 0.01")
-
-
-def peak_bytes(work) -> int:
-    """The most memory that work takes beside what is there before."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak below starts again from what is resident now
-
-    def resident(name: str) -> int:
-        return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
-
-    before = resident("VmRSS")
-    work()
-    return resident("VmHWM") - before
-
-
-@torch.no_grad()
-def length() -> None:
-    """The tiny model, one sequence, the logits of its last position: only attention grows with T."""
-    lengths, times, rest, memory = [512 * 2**i for i in range(6)], {}, {}, {}
-    for pos in ("rope", "fope", "alibi", "nope"):
-        model = GPT(GPTConfig(pos=pos, vocab_size=320, **PRESETS["tiny"])).to(DEVICE)
-        for T in lengths:
-            x, _ = batch(1, T, 320)
-
-            def forward() -> None:
-                with autocast():
-                    model(x, last=1)
-
-            def without_attention() -> None:
-                with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **_: v):
-                    forward()
-
-            times[pos, T], rest[pos, T] = alternate(5, forward, without_attention)
-            memory[pos, T] = peak_bytes(forward)
-    for pos in ("rope", "fope", "alibi", "nope"):
-        for T in lengths[1:]:
-            how = f"{pos}, {T} tokens"
-            if pos != "rope":
-                row(f"{how}: time / rope", times[pos, T], times["rope", T])
-            row(
-                f"{how} / 512: time a token without attention",
-                [t / T for t in rest[pos, T]],
-                [t / 512 for t in rest[pos, 512]],
-                "<= 1",
-            )
-            row(f"{how} / 512: memory a token", [memory[pos, T] / T], [memory[pos, 512] / 512], "about 1")
-
-
-@contextlib.contextmanager
-def llama_elsewhere(preset: str):
-    """A function that has a process of its own take a step of Llama, as transformers comes, and waits for it."""
-    B, vocab, _ = SHAPES[preset]
-    arguments = [sys.executable, __file__, "llama", preset, str(B), str(vocab), DEVICE.type, DTYPE]
-    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def step() -> None:
-        print(file=process.stdin, flush=True)
-        assert process.stdout.readline() == "stepped\n"
-
-    yield step
-    process.stdin.close()
-    process.wait()
-
-
-def llama(preset: str, B: str, vocab: str, device: str, dtype: str) -> None:
-    """The process of llama_elsewhere: for every line of stdin, a training step as a user of transformers writes it."""
-    from conftest import llama_of
-
-    model = llama_of(GPT(GPTConfig(pos="rope", vocab_size=int(vocab), **PRESETS[preset]))).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
-    x, y = batch(int(B), 512, int(vocab))
-    for _ in sys.stdin:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(x, labels=y, shift_labels=y, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        print("stepped", flush=True)
+    print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| | median | range | goal |\n|---|---|---|---|")
+    x, y = batch(4, 512, 320)
+    for compiled in (False, True):
+        steps = {}
+        for pos in ("rope", "fope", "alibi", "kerple", "nope"):
+            model = GPT(GPTConfig(pos=pos, vocab_size=320, **PRESETS["tiny"]))
+            steps[pos] = trainer(model, lambda run: run(x, y), compiled)
+        times = dict(zip(steps, alternate(60, *steps.values())))
+        for pos, goal in (("fope", "<= 1.02"), ("alibi", "<= 1.10"), ("kerple", ""), ("nope", "")):
+            how = "compiled" if compiled else "eager"
+            row(f"tiny step, {how}: {pos} / rope", times[pos], times["rope"], goal)
 
 
 def loss_of(run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -202,83 +96,6 @@ def loss_of(run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if isinstance(getattr(run, "_orig_mod", run), GPT):
         return run(x, y)
     return run(x, labels=y, shift_labels=y, use_cache=False).loss
-
-
-def transformers() -> None:
-    from conftest import llama_of
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    def flops(model, embeddings: int) -> int:
-        """FLOPs of a step per token: 6 per weight of a matrix, and 12 C T per layer for attention (PaLM, App. B)."""
-        c = model.cfg if isinstance(model, GPT) else model.config
-        matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - embeddings
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * 512
-
-    for preset, (B, vocab, rounds) in SHAPES.items():
-        x, y = batch(B, 512, vocab)
-        for compiled in (False, True):
-            ours = GPT(GPTConfig(pos="rope", vocab_size=vocab, **PRESETS[preset]))
-            c = ours.cfg
-            llama = llama_of(ours)
-            gpt2 = GPT2LMHeadModel(
-                GPT2Config(vocab_size=vocab, n_positions=512, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
-            )  # fmt: skip
-
-            steps = [
-                trainer(ours, lambda run: run(x, y), compiled),
-                trainer(llama, lambda run: loss_of(run, x, y), compiled),
-                trainer(gpt2, lambda run: loss_of(run, x, y), compiled),
-            ]
-            mine, llamas, gpt2s = alternate(rounds, *steps)
-            how = f"{preset} step, {'compiled' if compiled else 'eager'}: ours against"
-            row(f"{how} Llama, tokens/s, in one process", llamas, mine, ">= 1.15")
-            share = flops(ours, c.vocab_size * c.n_embd) / flops(gpt2, 512 * c.n_embd)
-            row(f"{how} GPT-2, matmul FLOP/s", [t * share for t in gpt2s], mine, ">= 1.0")
-        ours = GPT(GPTConfig(pos="rope", vocab_size=vocab, **PRESETS[preset]))
-        with llama_elsewhere(preset) as theirs:
-            mine, llamas = alternate(rounds, trainer(ours, lambda run: run(x, y), compiled=True), theirs)
-        row(
-            f"{preset} step as it comes (ours compiled and keeping memory): ours against Llama, tokens/s",
-            llamas,
-            mine,
-            ">= 1.15",
-        )
-
-
-@torch.no_grad()
-def passkey() -> None:
-    """The rope model with random weights: what it answers changes nothing about the time."""
-    model = GPT(GPTConfig(pos="rope", vocab_size=320, **PRESETS["tiny"])).to(DEVICE).eval()
-    for T, trials in ((512, 64), (8192, 4)):
-        documents, answers, _ = passkey_trials(get_tokenizer("bytes"), T, trials, 0)
-        prompts, n = torch.from_numpy(documents[:, : -answers.max()].astype(np.int64)).to(DEVICE), int(answers.max())
-
-        def ours() -> None:
-            passkey_right(model, documents, answers, 16_384, autocast)
-
-        def greedy(cached: bool, rows: int) -> None:
-            with autocast():
-                for tokens in prompts.split(rows):
-                    if cached:
-                        model.generate(tokens, n)
-                        continue
-                    for _ in range(n):
-                        tokens = torch.cat([tokens, model(tokens, last=1).argmax(-1)], dim=1)
-
-        rows = max(1, 16_384 // T)
-        works = [ours, lambda: greedy(True, rows), lambda: greedy(True, 1), lambda: greedy(False, rows)]
-        mine, cached, one_by_one, without = alternate(5, *works)
-        row(
-            f"passkey at {T}: one forward pass against greedy with a cache, trials/s, batched alike",
-            cached,
-            mine,
-            ">= 1.2",
-        )
-        row(f"passkey at {T}: against greedy with a cache, trial by trial", one_by_one, mine, ">= 1.2")
-        row(
-            f"passkey at {T}: against greedy without a cache, batched alike", without, mine, ">= 5" if T == 8192 else ""
-        )
 
 
 def gpu(*presets: str) -> None:
@@ -400,18 +217,10 @@ def data(megabytes: int | str = 60, rounds: int | str = 3) -> None:
 
 @command
 def main(argv: list[str]) -> None:
-    name, *arguments = argv or ["all"]
-    tables = {"step": step, "length": length, "transformers": transformers, "passkey": passkey}
-    others = {"data": data, "gpu": gpu, "llama": llama}
-    if name in others:
-        others[name](*arguments)
-    elif name in ("all", *tables):
-        print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-        print("| | median | range | goal |\n|---|---|---|---|")
-        for table in tables.values() if name == "all" else [tables[name]]:
-            table()
-    else:
-        raise UserError(f"name one of {', '.join(tables)}, data, gpu")
+    sections = {"step": step, "data": data, "gpu": gpu}
+    if not argv or argv[0] not in sections:
+        raise UserError(f"name one of {', '.join(sections)}")
+    sections[argv[0]](*argv[1:])
 
 
 if __name__ == "__main__":

@@ -94,10 +94,8 @@ class PositionEmbedding(nn.Module):
         device, kept = fn(torch.empty(0, device="cpu")).device, [(name, getattr(self, name)) for name in self.exact]
         super()._apply(fn, recurse)
         for name, x in kept:
-            stays = (
-                x is None or device.type == "meta" or (device.type, x.dtype) == ("mps", torch.float64)
-            )  # it has none
-            setattr(self, name, x if stays else x.to(device))
+            no_float64 = x is not None and x.dtype == torch.float64 and device.type == "mps"
+            setattr(self, name, x if x is None or device.type == "meta" or no_float64 else x.to(device))
         return self
 
 

@@ -421,11 +421,8 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     optimizers, changed = make_optimizers(raw, cfg), {}
     if checkpoint:
         restore(raw, optimizers, checkpoint, cfg)
-        changed = {
-            k: v
-            for k, v in flags.items()
-            if k not in ("resume", "out") and checkpoint["config"].get(k, getattr(TrainConfig, k)) != v
-        }
+        before = asdict(TrainConfig()) | checkpoint["config"] | {"resume": True, "out": flags["out"]}
+        changed = {name: value for name, value in flags.items() if value != before[name]}
         if checkpoint["data"] != data["data"]:
             changed["data"] = cfg.data
     origins = [cfg.data, *([source["folder"]] if source else [])]
@@ -446,15 +443,14 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     if log and cfg.resume:
         log.write(resumed=start, changed=changed)
     if changed:
-        machine.say("changed from here on: " + " ".join(f"--{k}={v}" for k, v in changed.items()))
+        machine.say("changed from here on: " + " ".join(f"--{name}={value}" for name, value in changed.items()))
 
     upcoming = batches[start]
     step, timed_from, clock = start, start, time.perf_counter()
     for step in range(start + 1, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------- batch, step
-        torch.manual_seed(
-            ((cfg.seed * 2**24 + step) * machine.world + machine.rank) % 2**63
-        )  # for a model that draws: dropout
+        # For a change to the model that draws, such as dropout: another seed in each step and process.
+        torch.manual_seed(((cfg.seed * 2**24 + step) * machine.world + machine.rank) % 2**63)
         rate = learning_rate(step - 1, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate

@@ -147,9 +147,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     file = RESULTS / {"qk": "qk_means.json", "attention": "attention.json", "loss": "loss_by_position.json"}[args.what]
-    results = (
-        json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    )  # a run that is measured again replaces its own
+    # A run that is measured again replaces its own results.
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     device, _, _ = find_device(args.device)
     for run in args.runs:
         model, checkpoint = load_model(run)

@@ -1,10 +1,10 @@
-"""The paper's other baselines: frequencies that replace RoPE's, and biases that are learned.
+"""The paper's other baselines: frequencies that replace RoPE's, and learned biases.
 
-A function of the first part takes frequencies and returns others, as float64 tensors on the CPU:
+Each function in the first part takes frequencies, a float64 tensor on the CPU, and returns new ones:
 
     position = RoPE(head_dim=128, omega=position_interpolation(rope_frequencies(128), scale=4))
 
-A module of the second part returns what attention adds to its logits. It leaves q and k alone.
+Each module in the second part returns a bias that attention adds to its logits. It leaves q and k unchanged.
 """
 
 import math
@@ -28,19 +28,19 @@ def position_interpolation(omega: torch.Tensor, scale: float) -> torch.Tensor:
 def cycles(omega: torch.Tensor, length: int) -> torch.Tensor:
     """How many cycles a component completes within `length` tokens."""
     if length < 1:
-        raise ValueError(f"original_len {length} must be at least 1")
+        raise ValueError(f"length {length} must be at least 1")
     return omega * length / (2 * math.pi)
 
 
 def yarn(omega: torch.Tensor, scale: float, original_len: int, *, head_dim: int, theta: float) -> torch.Tensor:
     """YaRN (Peng et al., arXiv 2309.00071), without its factor on the logit, as in FoPE's release.
 
-    Frequencies with at least 32 cycles in original_len stay, those with at most one are divided by scale. In between,
+    Frequencies with at least 32 cycles in original_len stay; those with at most one are divided by scale. In between,
     the result is a mixture that is linear in the index m of equation (1), which is why head_dim and theta are needed.
     """
     slowed = position_interpolation(omega, scale)
     if original_len < 1 or not theta > 1 or not (omega > 0).all():
-        raise ValueError("yarn needs original_len from 1, theta above 1, and no frequency zero (as whole cycles have)")
+        raise ValueError("yarn needs original_len >= 1, theta above 1, and no frequency zero (whole_cycles makes one)")
 
     def index(n_cycles):
         """m of the frequency w_m that completes this many cycles in original_len."""
@@ -56,7 +56,7 @@ def yarn(omega: torch.Tensor, scale: float, original_len: int, *, head_dim: int,
 def llama3(omega: torch.Tensor, scale: float, original_len: int, low: float = 1.0, high: float = 4.0) -> torch.Tensor:
     """Llama 3.1's scaling (`rope_type: "llama3"`): YaRN's idea with a mixture that is linear in the number of cycles.
 
-    Frequencies with more than `high` cycles in original_len stay, those with less than `low` are divided by scale.
+    Frequencies with more than `high` cycles in original_len stay; those with fewer than `low` are divided by scale.
     """
     if not 0 < low < high:
         raise ValueError(f"low {low} must be positive and less than high {high}")
@@ -67,13 +67,13 @@ def llama3(omega: torch.Tensor, scale: float, original_len: int, low: float = 1.
 def whole_cycles(omega: torch.Tensor, train_len: int) -> torch.Tensor:
     """The paper's RoPE-A (Table 2): each frequency moves to the nearest whole number of cycles in train_len.
 
-    Less than half a cycle becomes zero. The paper does not say what happens there; zero is the nearest whole number.
+    Less than half a cycle becomes zero, the nearest whole number. The paper does not say what it does there.
     """
     return cycles(omega, train_len).round() * (2 * math.pi / train_len)
 
 
 def scaled(omega, scaling: str, scale: float, original_len: int, *, head_dim: int, theta: float) -> torch.Tensor:
-    """The function above that is called `scaling` on the command line: none, linear, yarn or llama3."""
+    """Applies the function above that --scaling names: none, linear, yarn or llama3."""
     if scaling == "none":
         return omega
     if scaling == "linear":
@@ -86,7 +86,7 @@ def scaled(omega, scaling: str, scale: float, original_len: int, *, head_dim: in
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Biases that are learned
+# Learned biases
 #
 # Attention adds bias(i, j) to its logits and masks the future (model.py). i (..., Tq, 1) are the positions of queries,
 # j (..., 1, Tk) those of keys. The result is (n_head, Tq, Tk), or (B, n_head, Tq, Tk) for positions (B, Tq, 1).
@@ -96,15 +96,15 @@ class LearnedBias(NoPE):
     """What KERPLE and FIRE have in common: q and k pass through, and attention asks for bias(i, j)."""
 
     def precise(self):
-        """The parameters, at least float32: bfloat16 can tell only 256 distances apart."""
+        """The parameters in at least float32, because bfloat16 can tell only 256 distances apart."""
         return (p.to(torch.promote_types(p.dtype, torch.float32)) for p in self.parameters())
 
 
 class KERPLE(LearnedBias):
     """Chi et al., arXiv 2205.09921, logarithmic form: bias = -r1 log(1 + r2 |i - j|), with r1, r2 > 0 per head.
 
-    They start uniform in (0, 2) and (0, 1). As in the authors' code, a parameter that a step takes below 0.01 is set to
-    0.01.
+    r1 and r2 start uniform in (0, 2) and (0, 1). As in the authors' code, a parameter that a step takes below 0.01 is
+    set to 0.01.
     """
 
     def __init__(self, *, n_head: int, seed: int):
@@ -127,8 +127,8 @@ class KERPLE(LearnedBias):
 class FIRE(LearnedBias):
     """Li et al., arXiv 2310.04418: bias = f(psi(i - j) / psi(max(i, L))), psi(x) = log(1 + c x).
 
-    f is an MLP from one number to n_head numbers, with 32 hidden units and ReLU. c starts at 0.1, and L at 512 times a
-    learned 1. The argument of f is a distance relative to the query's position, so it stays in [0, 1] for any length.
+    f is an MLP from one number to n_head numbers, with 32 hidden units and ReLU. c starts at 0.1 and L at 512. Both are
+    learned. The argument of f is a distance relative to the query's position, so it stays in [0, 1] for any length.
     """
 
     def __init__(self, *, n_head: int, seed: int):

@@ -25,7 +25,7 @@ def local_rank() -> int:
 
 
 class UserError(Exception):
-    """Something that the user can put right: a flag, a file, a folder, a network. The message says what to do.
+    """Something that the user can fix: a flag, a file, a folder, a network. The message says what to do.
 
     Every other exception is a bug, in this repository or in a change to it, and keeps its traceback.
     """
@@ -78,7 +78,7 @@ def add_flags(parser: Parser, cls) -> None:
             (kind,) = {f.type, *typing.get_args(f.type)} & {bool, int, float, str}  # `float | None` is a float
             options = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
             text = f"{match[2]} ({kind.__name__}, default {f.default!r})".replace("%", "%%")
-            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="", help=text, **options)
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar="VALUE", help=text, **options)
     if left:
         raise TypeError(
             f"{', '.join(left)} of {cls.__name__}: a comment on the line of the field must say what the flag does"
@@ -86,10 +86,10 @@ def add_flags(parser: Parser, cls) -> None:
 
 
 def at_least(options, least: float, names: str) -> None:
-    """Raises UserError unless each of the named options, given as one string, is from `least` up and finite."""
+    """Raises UserError unless each option in `names`, separated by spaces, is finite and at least `least`."""
     for name in names.split():
         if not least <= getattr(options, name) < math.inf:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
+            raise UserError(f"--{name} {getattr(options, name)} must be at least {least} and finite")
 
 
 def one_of(options, **choices) -> None:
@@ -126,7 +126,7 @@ def replace_file(path: Path, write) -> None:
 
 
 def lock(path: Path):
-    """Open the file `path` and lock it until it is closed or this process ends, by SIGKILL too. Returns the open file.
+    """Open the file `path` and lock it until it is closed or this process ends, even by SIGKILL. Returns the file.
 
     Raises UserError if another process holds the lock. Where the system has no locks, the file is only opened.
     """
@@ -153,12 +153,12 @@ def find_device(device: str = "auto", dtype: str = "auto"):
         raise UserError(f"--dtype {dtype!r} is unknown: use auto, bfloat16 or float32")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":  # a launcher numbers the processes of a machine, and each takes one card
+    if device == "cuda":  # a launcher numbers the processes of a machine, and each takes one GPU
         device = f"cuda:{local_rank()}"
     try:
         found = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:  # unknown, not compiled into this torch, or not there
-        raise UserError(f"--device {device!r} does not work: {str(error).splitlines()[0][:100]}") from error
+        raise UserError(f"--device {device!r} does not work ({str(error).splitlines()[0][:100]}): use auto") from error
     if found.type == "cuda":
         torch.cuda.set_device(found)
         has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)

@@ -2,9 +2,9 @@
 
     python eval_passkey.py out/tiny-*/                       eval.jsonl in each folder; one table and figure for all
     python eval_passkey.py out/60M-fope-s0 --trials=1000
-    python eval_passkey.py out/books-s0 --data=data/c4       other text than it was trained on (the paper's Figure 5)
-    python eval_passkey.py out/tiny-*/ --behind_text         prompts of the training length behind validation text
-    python eval_passkey.py out/tiny-*/ --logn=0,2            q times (log n / log N)^2 beyond N too
+    python eval_passkey.py out/books-s0 --data=data/c4       text that it was not trained on (the paper's Figure 5)
+    python eval_passkey.py out/tiny-*/ --behind_text         prompts of the training length after validation text
+    python eval_passkey.py out/tiny-*/ --logn=0,2            without and with log-n scaling, p = 2
 
 Passkey: a prompt of exactly L tokens, answer included, hides a five-digit key at a uniformly drawn depth. A trial is
 right if greedy decoding yields the answer. One forward pass over prompt and answer decides that: greedy decoding yields
@@ -13,10 +13,10 @@ the answer if and only if every answer token is the argmax. Up to the first wron
 A long prompt differs from training in two ways: more filler and larger positions. --behind_text changes the positions
 alone: the prompt keeps the training length N, and validation text stands before it, up to L tokens in all.
 
-Perplexity: the same validation tokens at every L, cut into chunks of L. Every token counts, also those at the start of
+Perplexity: the same validation tokens at every L, cut into chunks of L. Every token counts, even those at the start of
 a chunk, which see little context.
 
-A record is one line of eval.jsonl, appended as soon as it is measured: the model at one length, with one p of log n.
+A record is one line of eval.jsonl, appended as soon as it is measured: one model, one length, one p of log-n scaling.
 """
 
 import json
@@ -56,13 +56,13 @@ class Options:
     # measurement
     lengths: str = ""  # comma-separated; empty: the training length N times 1, 2, 4, 8, 16
     trials: int = 100  # passkey trials per length (the paper has 1000)
-    skip_lost: bool = False  # look for no keys beyond a length at which none was found
-    behind_text: bool = False  # prompts of the training length behind validation text
+    skip_lost: bool = False  # stop looking for keys beyond a length at which none was found
+    behind_text: bool = False  # prompts of the training length after validation text
     scaling: str = "none"  # scale the frequencies of RoPE or FoPE without training: linear, yarn or llama3
     scale: float = 16.0  # factor of --scaling
-    logn: str = ""  # comma-separated p of (log n / log N)^p on q beyond N; empty: the checkpoint's p, often 0
+    logn: str = ""  # comma-separated exponents p of log-n scaling; empty: the checkpoint's p, often 0
     data: str = ""  # folder with val.bin; empty: the one that the model was trained on
-    eval_tokens: int = 131_072  # maximum validation tokens for perplexity; 0: none, which needs no data
+    eval_tokens: int = 131_072  # maximum validation tokens for perplexity; 0: no perplexity, and no data needed
     key_seed: int = 0  # seed of the keys and their depths
     # machine
     batch_tokens: int = 16_384  # tokens per forward pass; fewer take less memory
@@ -104,7 +104,7 @@ def passkey_right(model, documents: np.ndarray, answers: np.ndarray, batch_token
         with autocast():
             guess = model(tokens[:, :-1], last=longest).argmax(-1)
         matches = (guess == tokens[:, -longest:]).cpu().numpy()
-        matches |= np.arange(longest) < longest - answers[i : i + rows, None]  # tokens before a shorter answer are free
+        matches |= np.arange(longest) < longest - answers[i : i + rows, None]  # ignore what precedes a shorter answer
         right.append(matches.all(1))
     return np.concatenate(right)
 
@@ -129,27 +129,27 @@ def perplexity(model, tokens: np.ndarray, length: int, batch_tokens: int, autoca
 
 
 def validation(data: str, checkpoint: dict, lengths: list[int], at_most: int) -> tuple[np.ndarray, dict]:
-    """The folder's validation tokens, cut to a multiple of every length and one more, and its meta.json."""
+    """The folder's validation tokens, cut to one more than a multiple of every length, and its meta.json."""
     val, meta = load(data, "val")
     ours, theirs = meta["tokenizer"], checkpoint["tokenizer"]
     if ours != theirs:
-        raise UserError(f"{data} has {ours} tokens, the checkpoint was trained on {theirs} tokens: name other --data")
+        raise UserError(f"{data} has {ours} tokens, the checkpoint was trained on {theirs} tokens: change --data")
     whole = math.lcm(*lengths)  # the same tokens must fill chunks of every length
     if len(val) <= whole:
-        raise UserError(f"{data}/val.bin has {len(val)} tokens, these lengths take {whole + 1}: use smaller --lengths")
+        raise UserError(f"{data}/val.bin has {len(val)} tokens, these lengths take {whole + 1}: use shorter --lengths")
     if at_most < whole:
         say(f"--eval_tokens is raised from {at_most} to {whole}, which every length divides")
     val = val[: max(min(at_most, len(val) - 1) // whole, 1) * whole + 1]
     if val.max() >= (size := checkpoint["config"]["vocab_size"]):
-        raise UserError(f"{data}/val.bin has token {val.max()}, outside the vocabulary of {size}: name other --data")
+        raise UserError(f"{data}/val.bin has token {val.max()}, outside the vocabulary of {size}: change --data")
     return val, meta
 
 
 def measure(path: Path, options: Options):
-    """Yields the records of a checkpoint, for each length and each p of log n. What is wrong is found before the first.
+    """Yields the records of a checkpoint, for each length and p of log-n scaling. Bad input is found before the first.
 
-    A record holds logn, scaling, scale, original_len, data, dtype, device and eval_tokens as they are in force here.
-    The configuration's own values of these names are in fields train_logn, train_scaling, .. Raises UserError.
+    A record holds logn, scaling, scale, original_len, data, dtype, device and eval_tokens as they are used here. The
+    training configuration's values of the same names are in fields train_logn, train_scaling, .. Raises UserError.
     """
     lengths, powers = numbers("lengths", options.lengths, 1), numbers("logn", options.logn, 0, float)
     device, dtype, autocast = find_device(options.device, options.dtype)
@@ -207,7 +207,7 @@ def folder_of(path: Path) -> Path:
 
 
 def append(file: Path, record: dict) -> None:
-    """Adds a record on a line of its own, also behind half a line that a full disk left. Raises UserError."""
+    """Adds a record on a line of its own, even after half a line that a full disk left. Raises UserError."""
     line = json.dumps(record).encode() + b"\n"
     try:
         with open(file, "ab+") as f:
@@ -216,11 +216,11 @@ def append(file: Path, record: dict) -> None:
                 line = line if f.read() == b"\n" else b"\n" + line
             f.write(line)
     except OSError as error:
-        raise UserError(f"{file} could not be written: {error}") from error
+        raise UserError(f"{file} could not be written ({error}): free space, or set permissions") from error
 
 
 def alike(committed: list[dict], record: dict) -> list[dict]:
-    """Those of the committed records whose run and conditions differ from those of `record` in these fields alone."""
+    """The committed records whose run and conditions differ from those of `record` in may_differ at most."""
     may_differ = ("pos", "seed", "length", "logn", "source", "dtype", "train_dtype")
     ours = plot.identity(record, *may_differ)
     same = [other for other in committed if plot.identity(other, *may_differ) == ours]
@@ -228,10 +228,10 @@ def alike(committed: list[dict], record: dict) -> list[dict]:
 
 
 def evaluate(paths: list[Path], options: Options, out: Path | None = None, committed: list[dict] = ()) -> None:
-    """Measures checkpoints. Each record is appended to eval.jsonl and printed as soon as it is there. Raises UserError.
+    """Measures checkpoints. Each record is appended to eval.jsonl and printed at once. Raises UserError.
 
-    Table and figure are in `out`, by default the folder that holds all checkpoints. The figure shows like records of
-    the `committed` ones too. Both are written again after each length, from the second on.
+    The table and the figure are in `out`, by default the folder that holds all checkpoints. The figure also shows the
+    `committed` records that are comparable. Both are written again after each length, from the second on.
     """
     out, records = out or Path(os.path.commonpath([folder_of(path) for path in paths])), []
     try:
@@ -240,7 +240,7 @@ def evaluate(paths: list[Path], options: Options, out: Path | None = None, commi
             found = (f"{name} {plot.cell([record], key)}" for key, (name, _) in plot.METRICS.items() if key in record)
             try:
                 append(folder_of(path) / "eval.jsonl", record)
-            finally:  # a full disk hides no number
+            finally:  # a full disk must not hide a result
                 say(f"{record['run']}, {record['length']} tokens, p = {record['logn']:g}: {', '.join(found)}")
             lengths = [record["length"] for record in records]
             if lengths[-1] != lengths[0] and lengths.count(lengths[-1]) == lengths.count(lengths[0]):  # a whole length
@@ -259,7 +259,7 @@ def evaluate(paths: list[Path], options: Options, out: Path | None = None, commi
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, Options)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="folders or files that train.py wrote")
-    parser.add_argument("--out", type=Path, help="folder for table and figure (default: the one that holds all)")
+    parser.add_argument("--out", type=Path, help="folder for table and figure (default: their common folder)")
     flags = vars(parser.parse_args(argv))
     evaluate(flags.pop("checkpoints"), out=flags.pop("out"), options=Options(**flags))
 

@@ -9,11 +9,11 @@ To use it in your own model, copy the file and apply one module per layer to the
     q, k = position(q, k, positions=positions)  # any positions: integer tensor (T,) or (B, T)
 
 With left padding, positions is (mask.cumsum(-1) - 1).clamp(min=0)[:, -T:], where mask is 1 for real tokens. Train the
-model with the module in place, or fine-tune it: a model that was trained with RoPE has learned what FoPE changes.
+model with the module in place, or fine-tune it: a model trained with RoPE relies on the factors that FoPE replaces.
 
 Notation: B sequences of T tokens, head_dim d, N the training length in tokens, t a position. For a pair of tokens, s is
 the position of the query and t that of the key, and n = s - t is their distance. "Eq. 13" is that of the FoPE paper
-(Hua et al., ICML 2025, arXiv 2412.17739). "The release" is its code (github.com/TsinghuaC3I).
+(Hua et al., ICML 2025, arXiv 2412.17739). "The release" is the paper's code (github.com/TsinghuaC3I).
 """
 
 import math
@@ -47,7 +47,7 @@ def rope_frequencies(head_dim: int, theta: float = 10_000.0) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Equation (2) for x (..., T, d), with cos and sin (..., T, P). Computes in the dtype of cos, returns that of x.
+    """Equation (2) for x (..., T, d), with cos and sin (..., T, P). Computes in cos.dtype and returns x.dtype.
 
     Pair m consists of dimensions m and m + d/2, as in Hugging Face's Llama and in the release. Pairs from P on are
     returned unchanged. Meta's Llama and rotary-embedding-torch pair dimensions 2m and 2m + 1 instead. To use weights of
@@ -65,7 +65,7 @@ def angles(omega: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> 
 
     A product w t in float32 would be off by up to 5e-4 radians at position 8191, and float64, which only float64 inputs
     get, is slow or missing on accelerators. So a cycle is divided into 2^40 steps. The product of whole steps per token
-    and positions, modulo 2^40, has no rounding error. The result is within 5e-7, and within 4e-6 at position 1 000 000.
+    and positions, modulo 2^40, is exact. The result is within 5e-7 radians, and at position 1 000 000 within 4e-6.
     """
     if dtype == torch.float64:
         return positions[..., None].double() * omega.to(positions.device)
@@ -86,7 +86,7 @@ def token_positions(x: torch.Tensor, positions) -> torch.Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """What RoPE, FoPE and ALiBi share: .to(device) moves the tensors named in `exact`, .half() does not round them."""
+    """What RoPE, FoPE and ALiBi share: .to(device) moves the tensors named in `exact`; .half() does not round them."""
 
     exact = ()
 
@@ -122,7 +122,7 @@ class RoPE(PositionEmbedding):
     def cos_sin(self, positions: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
         """cos and sin of (2) at positions (T,) or (B, T): one tensor of shape (2, 1, T, d/2) or (2, B, 1, T, d/2)."""
         angle = angles(self.omega, positions, dtype).unsqueeze(-3)
-        # As one tensor, since torch.compile would compute two again for every head and sequence.
+        # One tensor, because torch.compile would recompute two separate ones for every head and sequence.
         return torch.stack([angle.cos(), angle.sin()])
 
     def forward(self, q, k, positions=None):
@@ -161,27 +161,27 @@ class RoPE(PositionEmbedding):
 #     f(w_m, t) = cos w_m t + sum_w a_w cos w t                                                                (Eq. 13)
 #            + i (sin w_m t + sum_w b_w sin w t)      otherwise: the pair is kept, and gets a series
 #
-# The paper's text has this form. Its pseudo-code and the release give clipped pairs the factor 1 + i instead: cos 1 and
-# sin 1, which is a rotation by 45 degrees and a factor of sqrt(2). In the logit, the two rotations cancel and the two
+# The paper's text has this form. Its pseudo-code and the release give clipped pairs the factor 1 + i instead, with
+# cos = sin = 1: a rotation by 45 degrees and a factor of sqrt(2). In the logit, the two rotations cancel and the two
 # factors multiply. So clipped pairs, which compare content regardless of distance, count twice. Our models find more
-# keys with this form. It is the default here, and zero_phase=True is Eq. 13.
+# passkeys with this form. It is the default here, and zero_phase=True is Eq. 13.
 #
 # The sums run over D frequencies w: the M kept ones, w_m included, and, if D > M, others between the floor and pi. Each
 # kept pair of each key head and layer has its own a_w and b_w, drawn once from a normal distribution and never trained.
 #
-# Why this helps: a clipped pair contributes the same at every distance. A kept pair has gone once around the circle
+# Why this helps: a clipped pair contributes the same at every distance. A kept pair has completed the circle
 # within N tokens. So without the series, no single pair meets an unseen angle beyond N. (Clipping alone is known as
 # p-RoPE, whose share p of kept pairs is chosen by hand: Barbero et al., arXiv 2410.06205.) With the series, every kept
 # pair holds all D frequencies from the first layer on. So the model learns to work with mixed frequencies, and those
-# that the layers below bring should disturb it less. Random coefficients suffice, because W_q and W_k adapt to them.
+# that lower layers introduce should disturb it less. Random coefficients suffice, because W_q and W_k adapt to them.
 
 
 class FoPE(RoPE):
-    """Multiplies q and k by the factor of Eq. 13: RoPE's code with other cos and sin, which also scale the pair.
+    """Multiplies q and k by the factor of Eq. 13: RoPE's code with a cos and sin that also scale the pair.
 
     The logit is not exactly a function of the distance s - t. The series adds terms that depend on s + t, or on s and t
     at two different frequencies. For small sigma they are proportional to sigma. The paper does not mention this.
-    omega holds the D frequencies of the series. coef is saved with the weights.
+    omega (D,) holds the series' frequencies. coef (2, n_kv_head, D, M) holds a_w and b_w and is saved with the weights.
     """
 
     exact = ("omega", "coef")
@@ -201,12 +201,12 @@ class FoPE(RoPE):
         clip_floor: bool = True,  # False: pairs below the floor are kept. If both are False, FoPE is RoPE
         n_freqs: int = 0,  # D, the number of frequencies in the series. 0: M, the kept ones
         coef_init: str = "xavier",  # or "normal"
-        zero_phase: bool = False,  # clipped pairs: False is the release (cos 1, sin 1), True is Eq. 13 (cos 1, sin 0)
+        zero_phase: bool = False,  # clipped pairs: False is the release (cos = sin = 1), True is Eq. 13 (sin = 0)
     ):
         super().__init__(head_dim=head_dim, theta=theta, omega=omega)
         n_kv = n_kv_head or n_head
         if train_len < 1 or n_head % n_kv:
-            raise ValueError(f"train_len {train_len} must be positive, n_kv_head {n_kv} must divide n_head {n_head}")
+            raise ValueError(f"train_len {train_len} must be positive; n_kv_head {n_kv} must divide n_head {n_head}")
         if (self.omega.diff() > 0).any():
             raise ValueError("omega must be in descending order: the kept pairs are the first ones")
         floor = 2 * math.pi / train_len  # (4)
@@ -227,17 +227,17 @@ class FoPE(RoPE):
         # xavier_normal_(gain=sigma) on a tensor (n_kv, D, M), whose fan_in is D M and fan_out n_kv M. With n_kv = 8 and
         # D = M = 16, the standard deviation is sigma / 14.
         std = sigma if coef_init == "normal" else sigma * math.sqrt(2 / (D * M + n_kv * M))
-        generator = torch.Generator().manual_seed(seed)  # its own, so that other weights start as with RoPE
+        generator = torch.Generator().manual_seed(seed)  # of its own, so that the other weights start as with RoPE
         coef = torch.randn(2, n_kv, D, M, generator=generator, dtype=torch.float32, device="cpu") * std
         self.register_buffer("coef", coef if fourier_series else None)  # a_w = coef[0], b_w = coef[1]
         self.n_kv_head = n_kv if fourier_series else None  # None: any number of heads
 
-        self.n_ones = 0 if zero_phase else head_dim // 2 - M  # the clipped pairs that get cos 1, sin 1
+        self.n_ones = 0 if zero_phase else head_dim // 2 - M  # the clipped pairs that get cos = sin = 1
 
     def cos_sin(self, positions, dtype=torch.float32):
-        """Real and imaginary part of Eq. 13, (2, n_kv_head, T, M) or (2, B, n_kv_head, T, M); positions as in RoPE.
+        """Real and imaginary parts of Eq. 13, (2, n_kv_head, T, M) or (2, B, n_kv_head, T, M); positions as in RoPE.
 
-        Without a series, n_kv_head is 1. Unless zero_phase, the ones of the clipped pairs follow, so that M is d/2.
+        Without a series, n_kv_head is 1. Unless zero_phase, ones for the clipped pairs follow: the last size is d/2.
         """
         both = super().cos_sin(positions, dtype)  # (2, 1, T, D) or (2, B, 1, T, D): one column per frequency
         if self.coef is not None:
@@ -261,8 +261,8 @@ class ALiBi(PositionEmbedding):
 
     The term slope * s is the same for all keys, and softmax ignores it. bfloat16 represents every integer exactly only
     up to 256. So three channels of k hold the digits of t in base 128, which is exact below 2^21. slope is split into a
-    rounded value and its remainder, which gives it 16 bits in bfloat16. Each of the two meets each of the three digits.
-    Two channels of zeros follow, because fused kernels require a multiple of eight.
+    rounded value and its remainder, which gives it 16 bits in bfloat16. Six channels pair each of the two with each of
+    the three digits. Two channels of zeros follow, because fused kernels require a multiple of eight.
 
     Call attention with scale=head_dim ** -0.5, pad v by eight channels too, and drop them from the result.
     """
@@ -271,13 +271,13 @@ class ALiBi(PositionEmbedding):
 
     def __init__(self, *, n_head: int, head_dim: int):
         super().__init__()
-        p = 2 ** int(math.log2(n_head))  # else, the authors' code appends every second slope of 2p heads
+        p = 2 ** int(math.log2(n_head))  # if n_head > p, every second slope of 2p heads is added, as the authors do
         slopes = [2 ** (-8 * h / p) for h in range(1, p + 1)] + [2 ** (-4 * h / p) for h in range(1, 2 * p, 2)]
         slopes = torch.tensor(slopes[:n_head], dtype=torch.float32, device="cpu")
         self.slopes = slopes * head_dim**0.5  # attention multiplies by head_dim ** -0.5
 
     def forward(self, q, k, positions=None):
-        """q (B, n_head, T, d) and k (B, n_kv_head, T, d) with d + 8 channels. positions as in RoPE.forward."""
+        """Returns q (B, n_head, T, d + 8) and k (B, n_kv_head, T, d + 8). positions as in RoPE.forward."""
         if q.shape[1] != len(self.slopes):
             raise ValueError(f"q has {q.shape[1]} heads: this module was made for n_head {len(self.slopes)}")
         t = token_positions(k, positions)
@@ -295,7 +295,7 @@ class ALiBi(PositionEmbedding):
 
 
 class NoPE(nn.Module):
-    """No position embedding. A causal model can still count (Kazemnejad et al., arXiv 2305.19466)."""
+    """No position embedding. A causal model can still infer positions (Kazemnejad et al., arXiv 2305.19466)."""
 
     def forward(self, q, k, positions=None):
         return q, k
@@ -307,8 +307,8 @@ class NoPE(nn.Module):
 #
 #     (log(keys) / log N)^p,   keys = its position + 1
 #
-# The paper does not use it. It works at test time alone. p = 1 is Chiang & Cholak's (arXiv 2202.12172); for the models
-# that we trained, README.md uses p = 2.
+# The paper does not use it. It needs no training. p = 1 is Chiang & Cholak's (arXiv 2202.12172); for the models that
+# we trained, README.md uses p = 2.
 
 
 def log_n(q: torch.Tensor, positions, train_len: int, p: float) -> torch.Tensor:

@@ -25,7 +25,7 @@ POSITIONS = ("fope", "rope", "alibi", "kerple", "fire", "nope")
 SCALINGS = ("none", "linear", "yarn", "llama3")
 PRESETS = {  # the paper's names count one embedding matrix
     # The paper's init_std 0.02 is 0.45 / sqrt(n_embd) at 60M. At width 128 it is too small: retrieval starts late.
-    "tiny": dict(n_layer=3, n_head=2, n_embd=128, n_hidden=256, init_std=0.06),  # heads of 64, as in the others
+    "tiny": dict(n_layer=3, n_head=2, n_embd=128, n_hidden=256, init_std=0.06),  # heads of 64, as in 60M
     "60M": dict(n_layer=8, n_head=8, n_embd=512, n_hidden=2048, sigma=0.3),
     "180M": dict(n_layer=8, n_head=8, n_embd=1024, n_hidden=4096, sigma=0.4),
     "1.2B": dict(n_layer=16, n_head=16, n_embd=2048, n_hidden=8192, sigma=0.6),
@@ -35,7 +35,7 @@ PRESETS["60M-short"] = PRESETS["60M"]  # train.py has another recipe for it
 
 @dataclass
 class GPTConfig:
-    """A model's shape and its position embedding: all that model.py reads. A checkpoint is rebuilt from these."""
+    """A model's shape and its position embedding: all that model.py reads. A checkpoint's model is rebuilt from it."""
 
     # model
     n_layer: int = 3  # blocks
@@ -58,13 +58,13 @@ class GPTConfig:
     n_freqs: int = 0  # D, frequencies in FoPE's series; 0: the kept ones
     fourier_series: bool = True  # FoPE's series (FS in the paper)
     clip_floor: bool = True  # FoPE's clipping (CF in the paper)
-    zero_phase: bool = False  # clipped pairs: false is the release (cos 1, sin 1), true is Eq. 13 (cos 1, sin 0)
+    zero_phase: bool = False  # clipped pairs: false is the release (cos = sin = 1), true is Eq. 13 (sin = 0)
     whole_cycles: bool = False  # RoPE-A: move each frequency to a whole number of cycles in N
     scaling: str = "none"  # scale the frequencies: none, linear (position interpolation), yarn or llama3
-    scale: float = 16.0  # how many times longer the text is
+    scale: float = 16.0  # factor of --scaling: how many times longer the text is than in training
     original_len: int = 512  # the training length before scaling, for yarn and llama3
     qk_norm: bool = False  # normalize q and k to mean 0 and variance 1 per head
-    logit_scale: float = 1.0  # factor on q, for example YaRN's temperature, (0.1 ln(scale) + 1)^2
+    logit_scale: float = 1.0  # factor on q, for example YaRN's inverse temperature, (0.1 ln(scale) + 1)^2
     logn: float = 0.0  # p: a query that sees n > N keys is multiplied by (log n / log N)^p; 0: off
 
     @property
@@ -92,7 +92,7 @@ class GPTConfig:
             floor = 2 * math.pi / self.train_len if self.clip_floor else 0
             kept = int((frequencies(self) >= floor).sum())
             if not kept:
-                raise UserError(f"--train_len {self.train_len} is too short: FoPE would clip every frequency")
+                raise UserError(f"--train_len {self.train_len} is too short: use a longer one, or --clip_floor=false")
             if self.n_freqs and (self.n_freqs < kept or not self.fourier_series):
                 raise UserError(f"--n_freqs {self.n_freqs} must be 0, or at least the {kept} kept ones, with a series")
 
@@ -116,11 +116,11 @@ def position_seed(cfg: GPTConfig, layer: int) -> int:
 def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
     """The position embedding of one layer. To add your own, name it in POSITIONS and build it here.
 
-    Attention calls `q, k = position(q, k, positions)` before the cache; it may append channels to q and k. Two methods
+    `q, k = position(q, k, positions)` is called before the cache, and may append channels to q and k. Two methods
     are optional, as in baselines.py. `position.bias(i, j)` is added to the logits of queries i and keys j: integer
     tensors (Tq, 1) and (Tk,) give (n_head, Tq, Tk); with left padding, a batch dimension comes first. Keys with j > i
-    are masked afterwards. `position.constrain()` follows each step of the optimizer. Draw parameters with a generator
-    that has `seed`: init_std does not apply to them.
+    are masked afterwards. `position.constrain()` is called after each optimizer step. Draw parameters with a
+    generator seeded with `seed`: init_std does not apply to them.
     """
     seed = position_seed(cfg, layer)
     if cfg.pos == "nope":
@@ -138,7 +138,7 @@ def position_embedding(cfg: GPTConfig, layer: int) -> nn.Module:
         options = {name: getattr(cfg, name) for name in FOPE_OPTIONS}
         heads = dict(n_head=cfg.n_head, n_kv_head=cfg.kv_heads, head_dim=cfg.d)
         return FoPE(**heads, omega=omega, seed=seed, **options)
-    raise NotImplementedError(f"{cfg.pos!r} is in POSITIONS, and position_embedding() does not build it")
+    raise NotImplementedError(f"{cfg.pos!r} is in POSITIONS, but position_embedding() does not build it")
 
 
 class Attention(nn.Module):
@@ -191,7 +191,7 @@ class Attention(nn.Module):
             if bias:
                 added = bias(i - first, j - first)
                 if added.shape[-3:] != (q.shape[1], *mask.shape[-2:]):  # another shape might broadcast silently
-                    raise ValueError(f"bias(i, j) is {tuple(added.shape)}, not ({q.shape[1]}, {len(i)}, {len(j)})")
+                    raise ValueError(f"bias(i, j) is {tuple(added.shape)}, not (.., {q.shape[1]}, {len(i)}, {len(j)})")
                 mask = added.masked_fill(~mask, -math.inf).to(q.dtype)
             pieces.append(F.scaled_dot_product_attention(piece, k[..., :end, :], v[..., :end, :], mask, **options))
         return torch.cat(pieces, dim=-2)
@@ -225,7 +225,7 @@ class Block(nn.Module):
 def draw_weights(weight: torch.Tensor, std: float, generator: torch.Generator) -> None:
     """Draws from a normal distribution, and redraws values beyond three standard deviations.
 
-    These are the numbers of nn.init.trunc_normal_ in torch 2.13. Older versions draw others from the same seed.
+    These are the numbers of nn.init.trunc_normal_ in torch 2.13. Older versions draw different ones from the same seed.
     """
     weight.normal_(0, std, generator=generator)
     while (far := weight.abs() > 3 * std).any():
@@ -235,8 +235,8 @@ def draw_weights(weight: torch.Tensor, std: float, generator: torch.Generator) -
 class GPT(nn.Module):
     """GPT(cfg)(tokens) returns logits (B, T, vocab_size). GPT(cfg)(tokens, targets) returns the mean loss in nats.
 
-    Every matrix starts from a normal distribution with standard deviation init_std, cut at three of them and drawn with
-    cfg.seed. RMSNorm weights start at 1. `logn` is the exponent of log-n scaling, which may be changed at test time.
+    Every matrix is drawn with cfg.seed from a normal distribution of standard deviation init_std, truncated at three
+    times that. RMSNorm weights start at 1. `logn` is the exponent of log-n scaling, which may be changed at test time.
     """
 
     def __init__(self, cfg: GPTConfig):
@@ -254,14 +254,14 @@ class GPT(nn.Module):
                 draw_weights(weight, cfg.init_std, generator)
 
     def n_params(self) -> int:
-        """Parameters with one embedding matrix counted, as in the paper's names and in the 6 n D FLOPs of a step."""
+        """Parameters, counting one embedding matrix, as in the paper's names and in 6 FLOPs per parameter and token."""
         both = self.embedding.weight is not self.head.weight
         return sum(p.numel() for p in self.parameters()) - both * self.embedding.weight.numel()
 
     def forward(self, tokens, targets=None, last: int = 0, cache: list | None = None, pads=None):
         """tokens, targets (B, T) int64. last=n: logits of the last n positions only.
 
-        cache: new_cache(), filled in place. Each call appends its T tokens, any number of them.
+        cache: new_cache(), filled in place. Each call appends its T tokens; T may vary.
         pads: (B,) int64, how many tokens at the start of each row are left padding. Attention does not see them.
         """
         T, past = tokens.shape[1], cache[0][0].shape[-2] if cache and cache[0] else 0
@@ -286,7 +286,7 @@ class GPT(nn.Module):
         return loss
 
     def constrain(self) -> None:
-        """Call it after each step of the optimizer: brings the parameters of position embeddings into their bounds."""
+        """Brings the parameters of the position embeddings back within bounds. Call it after each optimizer step."""
         for block in self.blocks:
             getattr(block.attention.position, "constrain", lambda: None)()
 
@@ -296,10 +296,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, n: int, *, pads=None, eot=None, temperature=0.0, top_k=0, seed=0):
-        """Appends up to n tokens to tokens (B, T). Returns (B, T + n), or less if every row has ended.
+        """Appends up to n tokens to tokens (B, T). Returns (B, T + n), or fewer columns if every row has ended.
 
-        pads: (B,) tokens of left padding per row. eot: a row that produced this token is filled up with it.
-        temperature: 0 takes the most likely token. top_k: sample from the k most likely ones only; 0 is all.
+        pads: (B,) tokens of left padding per row. eot: after this token, a row is filled with it.
+        temperature: 0 takes the most likely token. top_k: sample only from the k most likely tokens; 0 is all.
         """
         if not 0 <= temperature < math.inf or top_k < 0:
             raise ValueError(f"temperature {temperature} and top_k {top_k} must be 0 or more")
@@ -326,7 +326,7 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """What train.py saved in a file, or in a folder as ckpt.pt: step, config, tokenizer, model, optimizer; and folder.
+    """The dict that train.py saved in a file, or as ckpt.pt in a folder, with that folder added as "folder".
 
     The tensors are mapped from the file, so they take no memory until they are used. Raises UserError.
     """
@@ -337,9 +337,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): train it again") from error
+        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): train again") from error
     if not isinstance(checkpoint, dict) or not {"step", "config", "tokenizer", "model"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of train.py")
+        raise UserError(f"{path} is not a checkpoint of train.py: name a run folder")
     return checkpoint | {"folder": str(path.parent)}
 
 
@@ -356,8 +356,8 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
 def keep_coefficients(coef: torch.Tensor, trained: torch.Tensor) -> None:
     """Copy FoPE's coefficients (2, n_kv_head, D, M) of the pairs and frequencies that both tensors have.
 
-    At another N, another number of frequencies is kept. Both lists begin with the highest one. So the coefficients that
-    both have are in the upper left corner, as in the release.
+    A different N keeps a different number of frequencies. Both lists begin with the highest frequency, so the shared
+    coefficients are in the upper left corner, as in the release.
     """
     M = min(coef.shape[-1], trained.shape[-1])
     coef[..., :M, :M] = trained[..., :M, :M]

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024): the update of a matrix is its momentum, made orthogonal by five Newton-Schulz steps.
 
-This is torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al., arXiv 2502.16982). The factor 0.2 sqrt(n)
-gives the update the size of AdamW's, so that both take the same lr and weight decay. torch's version always multiplies
-in bfloat16, which makes a tiny step 2.5 times slower on a CPU without it. Here, the products follow autocast.
+This is torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al., arXiv 2502.16982). The factor 0.2 sqrt(n), n
+the longer side, gives the update the size of AdamW's, so both take the same lr and weight decay. torch's version always
+multiplies in bfloat16, which makes a step of `tiny` 2.5 times slower on a CPU without it. Here, autocast decides.
 """
 
 import torch
@@ -17,7 +17,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}  # matrices of one shape take the products together: fewer launches on a GPU
+            shapes = {}  # matrices of one shape are multiplied as one batch: fewer launches on a GPU
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Takes every singular value of the matrices x (matrices, rows, columns) to about 1."""
+    """Brings every singular value of the matrices x (matrices, rows, columns) to about 1."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the shorter side first: smaller products
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

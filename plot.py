@@ -5,7 +5,7 @@
 
 A record is one line of eval.jsonl: a model's configuration, the conditions of a measurement, and what was measured.
 Records that agree in everything but the seed and the length belong to one run. The table gives the mean over the seeds
-and, in parentheses, their range. A single seed's accuracy comes with its 95 % interval in brackets.
+and, in parentheses, their range. A single seed's accuracy comes with its 95% interval in brackets.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def read(path: Path) -> list[dict]:
-    """The records in an eval.jsonl."""
+    """The records in an eval.jsonl. Raises UserError."""
     return [line for line in read_lines(path) if {"seed", "length", "trials"} <= line.keys()]
 
 
@@ -73,18 +73,18 @@ def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def identity(record: dict, *without: str) -> tuple:
-    """What tells a record from others, apart from what was measured: (field, value) pairs, in the order of fields."""
+    """What tells a record from other records, apart from what was measured: (field, value) pairs, sorted by field."""
     left_out = NO_EFFECT | METRICS.keys() | set(without)
     return tuple(sorted((field, value) for field, value in record.items() if field not in left_out))
 
 
 def any_dtype(record: dict) -> dict:
-    """For a mean over seeds of which some were trained and measured in float32, others in bfloat16."""
+    """The record with dtypes "any", for a mean over seeds that were measured in float32 and in bfloat16."""
     return record | {"dtype": "any", "train_dtype": "any"}
 
 
 def group(records: list[dict]) -> dict[str, list[dict]]:
-    """The records of each run, by its label. The last one counts of those that differ in the measured numbers alone."""
+    """The records of each run, by its label. Of those that differ in measured numbers alone, the last counts."""
     latest = {(record.get("run"), identity(record)): record for record in records}.values()
     groups: dict[tuple, list[dict]] = {}
     for record in sorted(latest, key=lambda record: (record["seed"], record["length"])):
@@ -125,7 +125,7 @@ def pick(run: dict, fields: list[str]) -> tuple:
 
 
 def wilson(right: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy (Wilson 1927). Unlike the normal interval, it has a width at 0 and at 1 too."""
+    """The 95% interval of an accuracy (Wilson 1927). Unlike the normal interval, it has a width even at 0 and at 1."""
     z, p = 1.96, right / trials
     center, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
     return max((center - spread) / (1 + z * z / trials), 0.0), min((center + spread) / (1 + z * z / trials), 1.0)
@@ -134,7 +134,7 @@ def wilson(right: int, trials: int) -> tuple[float, float]:
 def values_of(records: list[dict], metric: str) -> list[float]:
     """The values of a metric, one for each record that has the field.
 
-    If it was not measured with one of the seeds (None), there are none: a mean over the other seeds would mislead.
+    If one of the seeds was not measured (None), the list is empty: a mean over the other seeds would mislead.
     """
     some = [record for record in records if metric in record]
     if any(record[metric] is None for record in some):
@@ -143,7 +143,7 @@ def values_of(records: list[dict], metric: str) -> list[float]:
 
 
 def cell(records: list[dict], metric: str) -> str:
-    """Mean and range of a metric over records that differ in the seed. One accuracy has an interval instead."""
+    """Mean and range of a metric over records that differ in the seed. A single accuracy gets its interval instead."""
     values = values_of(records, metric)
     if not values:
         return "not measured" if any(metric in record for record in records) else ""
@@ -184,7 +184,7 @@ def panels(count: int, lines: int, title: str, subtitle: str):
 def label_ends(axis) -> None:
     """Write each line's label to the right of its last finite point. Labels that would overlap are moved apart."""
     axis.autoscale_view()
-    gap = 0.34 * len(axis.figure.axes) / axis.figure.get_figheight()  # of the axis' height
+    gap = 0.34 * len(axis.figure.axes) / axis.figure.get_figheight()  # as a share of the axis height
     lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
     ends = [(line, line.get_xydata()[np.isfinite(line.get_ydata())]) for line in lines]
     ends = sorted((end for end in ends if len(end[1])), key=lambda end: end[1][::-1, 1].tolist())  # lowest first
@@ -202,7 +202,7 @@ def label_ends(axis) -> None:
 def figure(records: list[dict], title: str = ""):
     """Each metric against length: the mean of each run, and a band over the range of its seeds.
 
-    Thin are committed records (dashed), variants of one embedding and, where log n is shown, lines without it.
+    Thin lines are committed records (dashed), variants of one embedding and, beside log-n scaling, runs without it.
     """
     from matplotlib.ticker import LogFormatter
 
@@ -256,7 +256,7 @@ def loss_figure(logs: list[Path], title: str = ""):
 def save(path: Path, draw, *arguments) -> bool:
     """Writes the figure that draw(*arguments) returns. Without matplotlib or room on the disk, it prints one line.
 
-    Any other error is a bug in this file, and keeps its traceback.
+    Returns whether it wrote one. Any other error is a bug in this file, and keeps its traceback.
     """
     try:
         import matplotlib.figure
@@ -287,7 +287,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the one that holds all runs)")
-    parser.add_argument("--title", default="", help="the result that the figures show")
+    parser.add_argument("--title", default="", help="title of the figures: the result that they show")
     args = parser.parse_args(argv)
     records = [record for run in args.runs if (run / "eval.jsonl").exists() for record in read(run / "eval.jsonl")]
     logs = [run / "log.jsonl" for run in args.runs if (run / "log.jsonl").exists()]

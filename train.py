@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=4 train.py --model=60M --data=data/c4
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py --model=60M
 
-The last command runs on each of two machines. Both need the data, and a disk that they share for --out. SIGTERM, SIGHUP
-and SIGUSR1 save a checkpoint and stop. torchrun forwards all of them, if given
+The last command runs on each of two machines. Both need the data and a shared disk for --out. Ctrl-C, SIGTERM, SIGHUP
+and SIGUSR1 save a checkpoint and stop the run. torchrun forwards all of them if given
 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1.
 
 The order of the data depends on the seed and the step alone. So a resumed run continues bit for bit on a CPU with one
@@ -42,7 +42,7 @@ from muon import Muon
 PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000)
 RECIPES = {
     "tiny": dict(optimizer="muon", steps=2000, final_lr=0.0, log_every=100),
-    "60M": PAPER | dict(micro_tokens=65_536),  # what fits a card of 48 GB. Less does not change the result
+    "60M": PAPER | dict(micro_tokens=65_536),  # what fits a GPU of 48 GB. A smaller value does not change the result
     # 200M tokens: minutes on a card. The paper's batch would leave 375 steps, fewer than its warmup. A quarter of it
     # leaves 1500. lr is that of Pythia's 70M model (arXiv 2304.01373). The rest is habit, and nothing is tuned.
     "60M-short": dict(data="data/text60m", batch_tokens=131_072, steps=1500, lr=1e-3, warmup=150)
@@ -50,7 +50,7 @@ RECIPES = {
     "180M": PAPER | dict(micro_tokens=16_384),
     "1.2B": PAPER | dict(micro_tokens=8192),
 }
-# The committed runs, embedding and p of log n, that a figure shows beside a run with the same flags.
+# Committed runs (embedding, p of log-n scaling) that a figure shows beside a run with the same flags.
 COMPARED = {("rope", 0), ("rope", 2), ("alibi", 0), ("kerple", 0), ("fope", 0), ("fope", 2)}
 PEAK = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12, "RTX A6000": 154.8e12}  # dense bfloat16 FLOP/s
 
@@ -70,7 +70,7 @@ class TrainConfig(GPTConfig):
     batch_tokens: int = 2048  # tokens per step, over all processes
     micro_tokens: int = 4096  # maximum tokens per micro-batch and process
     lr: float = 2e-3  # learning rate after warmup
-    final_lr: float = 0.1  # share of lr that a cosine decays to
+    final_lr: float = 0.1  # fraction of lr that the cosine decays to
     warmup: int = 200  # steps of linear warmup
     optimizer: str = "adamw"  # adamw for all parameters (the paper's), or muon for the matrices in the blocks
     beta1: float = 0.9  # of AdamW
@@ -101,7 +101,7 @@ class TrainConfig(GPTConfig):
 
 
 def parse_flags(argv: list[str]) -> dict:
-    """The flags that the command line gives, and the folder `out` that they mean."""
+    """The flags given on the command line, with the folder `out` filled in."""
     parser = Parser(__doc__, TrainConfig)
     parser.description += " --model changes some of these defaults: see RECIPES, and PRESETS in model.py."
     flags = vars(parser.parse_args(argv))
@@ -143,7 +143,7 @@ class Machine:
                 torch.compile(torch.sin)(torch.zeros(8, device=self.device))
         except Exception as error:  # no C++ compiler, no Triton, a Python too new: each has its own exception
             why = f" (torch.compile does not work here: {type(error).__name__})"
-            if cfg.compile == "on":  # the error may have pages
+            if cfg.compile == "on":  # the error may be pages long
                 first = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise UserError(f"--compile=on does not work here: {first}") from error
             self.compile = False
@@ -174,7 +174,7 @@ class Machine:
 
 
 def load_data(cfg: TrainConfig, machine: Machine) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Training tokens, validation tokens and meta.json. Sets cfg.vocab_size."""
+    """Training tokens, validation tokens and meta.json. Sets cfg.vocab_size. Raises UserError."""
     folder = Path(cfg.data)
     if folder == Path("data/builtin") and not folder.exists() and local_rank() == 0:
         machine.say("making the built-in corpus")
@@ -185,7 +185,7 @@ def load_data(cfg: TrainConfig, machine: Machine) -> tuple[np.ndarray, np.ndarra
     needed = 1 + cfg.train_len * (16 if cfg.eval_trials else 1)  # found now, not after the training
     if len(tokens) <= cfg.train_len or len(val_tokens) < needed:
         sizes = f"train.bin has {len(tokens)} tokens, val.bin {len(val_tokens)}"
-        raise UserError(f"{cfg.data} is too short: {sizes}, and they need {cfg.train_len + 1} and {needed}")
+        raise UserError(f"{cfg.data} is too short: {sizes}, and they need {cfg.train_len + 1} and {needed}: add text")
     cfg.vocab_size = cfg.vocab_size or -(-meta["vocab_size"] // 64) * 64
     if cfg.vocab_size < meta["vocab_size"]:
         raise UserError(f"--vocab_size {cfg.vocab_size} is less than the {meta['vocab_size']} tokens of {cfg.data}")
@@ -198,7 +198,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def batch_sequences(seed: int, step: int, batch: int, n: int) -> np.ndarray:
-    """Which of the n sequences are in global batch `step`. Each occurs once per epoch, reshuffled every epoch."""
+    """Which of the n sequences are in global batch `step`. Each occurs once per epoch, in a new order every epoch."""
     epoch, place = np.divmod(np.arange(step * batch, (step + 1) * batch), n)
     return np.concatenate([permutation(seed, int(e), n)[place[epoch == e]] for e in np.unique(epoch)])
 
@@ -256,9 +256,9 @@ def shapes(state: dict, without: str = "no such name") -> dict:
 
 @torch.no_grad()
 def take_weights(model: GPT, source: dict, path: str) -> str:
-    """Copy a checkpoint's weights into the model, and its position embedding where both have it. Returns what to say.
+    """Copy a checkpoint's weights into the model, and its position embedding where both have it. Returns a message.
 
-    FoPE's coefficients stay as drawn for frequencies that the checkpoint lacks, or if sigma or coef_init is another.
+    FoPE's coefficients stay as drawn for frequencies that the checkpoint lacks, or if sigma or coef_init differs.
     """
     ours, theirs, drawn = model.state_dict(), source["model"], ""
     cfg, was = model.cfg, source["config"]
@@ -290,36 +290,35 @@ def make_optimizers(model: GPT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
 
 
 def restore(model: GPT, optimizers: list, checkpoint: dict, cfg: TrainConfig) -> None:
-    """Load the weights and the optimizers' states of the run that is resumed."""
+    """Load the weights and the optimizers' states of the resumed run. Raises UserError."""
     if "optimizer" not in checkpoint:
         raise UserError(f"{cfg.out} is an imported model: train it with --init_from={cfg.out} and another --out")
     for name in ("sigma", "coef_init", "init_std"):
         if checkpoint["config"][name] != getattr(cfg, name):
-            raise UserError(f"--resume cannot change --{name}: the numbers that it is for are drawn")
+            raise UserError(f"--resume cannot change --{name}: the run drew its random numbers with it")
     saved, ours = shapes(checkpoint["model"]), shapes(model.state_dict())
     if saved != ours or checkpoint["config"]["optimizer"] != cfg.optimizer:
-        other = sorted(name for name in saved | ours if saved.get(name) != ours.get(name))[:1]
-        raise UserError(f"--resume cannot change the model or the optimizer of {cfg.out} {' '.join(other)}")
+        raise UserError(f"--resume cannot change the model or the optimizer of {cfg.out}: leave out the flags that do")
     model.load_state_dict(checkpoint["model"])
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             optimizer.load_state_dict(state)
-            for group in optimizer.param_groups:  # of the flags, not of the checkpoint
+            for group in optimizer.param_groups:  # from the flags, not from the checkpoint
                 group["weight_decay"] = cfg.weight_decay
                 if "betas" in group:
                     group["betas"] = (cfg.beta1, cfg.beta2)
-    except ValueError as error:  # it had other parameter groups
-        raise UserError(f"{cfg.out} has the optimizer state of another version: --out=NAME trains anew") from error
+    except ValueError as error:  # the saved state has other parameter groups
+        raise UserError(f"{cfg.out} has the optimizer state of another version: train anew with --out=NAME") from error
 
 
 def save(model: GPT, optimizers: list, step: int, cfg: TrainConfig, data: dict) -> None:
-    """Replace the checkpoint as a whole."""
+    """Replace the checkpoint as a whole. Raises UserError."""
     facts = {"step": step, "config": asdict(cfg) | {"resume": False}} | data
     state = {"model": model.state_dict(), "optimizer": [optimizer.state_dict() for optimizer in optimizers]}
     try:
         replace_file(Path(cfg.out) / "ckpt.pt", lambda f: torch.save(facts | state, f))
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise UserError(f"no checkpoint of step {step} could be written ({error}): free the disk, --resume") from error
+        raise UserError(f"no checkpoint of step {step} could be written ({error}): free space and --resume") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,7 +340,7 @@ class Log:
             out.mkdir(parents=True, exist_ok=True)
             self.file = lock(out / "log.jsonl")
         except OSError as error:
-            raise UserError(f"{out} cannot be written: {error}") from error
+            raise UserError(f"{out} cannot be written ({error}): name another --out") from error
         if self.file.tell() and not (out / "log.jsonl").read_bytes().endswith(b"\n"):
             self.file.write(b"\n")  # a killed run left half a line
         if self.wandb:
@@ -352,7 +351,7 @@ class Log:
             self.file.write(json.dumps(values).encode() + b"\n")
             self.file.flush()
         except OSError as error:
-            raise UserError(f"{self.file.name} could not be written ({error}): free the disk, --resume") from error
+            raise UserError(f"{self.file.name} could not be written ({error}): free space and --resume") from error
         if self.wandb and "step" in values:
             self.wandb.log(values, step=values["step"])
 
@@ -363,7 +362,7 @@ class Log:
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Linear warmup to lr, then a cosine that would reach final_lr lr one step after the last."""
+    """Linear warmup to lr, then a cosine that would reach final_lr * lr one step after the last."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     progress = (step - cfg.warmup) / max(cfg.steps - cfg.warmup, 1)
@@ -380,19 +379,19 @@ def ask_to_stop(number, frame) -> None:
 
 
 def on_stop(handler) -> dict:
-    """Calls `handler` at Ctrl-C and at what schedulers send before they kill. Returns the handlers from before.
+    """Sets `handler` for Ctrl-C and the signals that schedulers send before a kill. Returns the previous handlers.
 
-    A signal that is ignored when the program starts stays so: nohup ignores SIGHUP, a shell script's `&` Ctrl-C.
+    A signal that is ignored at the start stays ignored: nohup ignores SIGHUP, and `&` in a script ignores Ctrl-C.
     """
     numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # Windows has two
     return {n: signal.signal(n, handler) for n in numbers if n and signal.getsignal(n) != signal.SIG_IGN}
 
 
 def train(flags: dict) -> tuple[TrainConfig, bool]:
-    """The whole run up to its last checkpoint. Returns its configuration, and whether it was not asked to stop."""
+    """The whole run up to its last checkpoint. Returns its configuration, and whether it finished."""
     stop_signals.clear()
     handlers = on_stop(ask_to_stop)
-    # What is wrong with the input is found before anything is written.
+    # Bad input is found before anything is written.
     out, checkpoint, source = Path(flags["out"]), None, None
     if flags.get("resume") and (out / "ckpt.pt").exists():
         checkpoint = load_checkpoint(out)
@@ -413,7 +412,7 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     data = {"tokenizer": meta["tokenizer"], "data": meta["train"].get("sha256")}
     theirs = (checkpoint or source or data)["tokenizer"]
     if theirs != data["tokenizer"]:
-        raise UserError(f"{cfg.data} has {data['tokenizer']} tokens, the checkpoint has {theirs} tokens")
+        raise UserError(f"{cfg.data} has {data['tokenizer']} tokens, the checkpoint has {theirs} tokens: change --data")
     batches, raw = Batches(tokens, cfg, machine), GPT(cfg)
     if source:
         machine.say(take_weights(raw, source, cfg.init_from))
@@ -421,16 +420,16 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     optimizers, changed = make_optimizers(raw, cfg), {}
     if checkpoint:
         restore(raw, optimizers, checkpoint, cfg)
-        before = asdict(TrainConfig()) | checkpoint["config"] | {"resume": True, "out": flags["out"]}
-        changed = {name: value for name, value in flags.items() if value != before[name]}
+        old = asdict(TrainConfig()) | checkpoint["config"] | {"resume": True, "out": flags["out"]}
+        changed = {name: value for name, value in flags.items() if value != old[name]}
         if checkpoint["data"] != data["data"]:
             changed["data"] = cfg.data
     origins = [cfg.data, *([source["folder"]] if source else [])]
-    del checkpoint, source  # their tensors were mapped from the files
+    del checkpoint, source  # releases the files that their tensors are mapped from
     model = torch.compile(raw) if machine.compile else raw
     if dist.is_initialized():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False  # they never change; the argument of this name is deprecated since torch 2.13
+        model.broadcast_buffers = False  # they never change; the argument of this name is deprecated in torch 2.13
     machine.say(
         f"{cfg.pos}, {raw.n_params():,} parameters (one embedding counted), N = {cfg.train_len}\n"
         f"{cfg.steps} steps of {cfg.batch_tokens:,} tokens, {cfg.batch_tokens * cfg.steps / len(tokens):.2f} epochs\n"
@@ -449,7 +448,7 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
     step, timed_from, clock = start, start, time.perf_counter()
     for step in range(start + 1, cfg.steps + 1):
         # ------------------------------------------------------------------------------------------------- batch, step
-        # For a change to the model that draws, such as dropout: another seed in each step and process.
+        # If you add dropout or other random draws to the model, each step and process gets its own seed.
         torch.manual_seed(((cfg.seed * 2**24 + step) * machine.world + machine.rank) % 2**63)
         rate = learning_rate(step - 1, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -463,7 +462,7 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
                 micro_loss.backward()
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.clip)
-        upcoming = batches[step]  # the next ones, while the accelerator works
+        upcoming = batches[step]  # the next batch, while the accelerator works
         loss, norm, stop = machine.mean(loss, norm, bool(stop_signals))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             saved = start or step > cfg.save_every
@@ -499,7 +498,7 @@ def train(flags: dict) -> tuple[TrainConfig, bool]:
         if saves and machine.rank == 0:
             save(raw, optimizers, step, cfg, data)
         if logs or validates or saves or step == start + 1:
-            timed_from, clock = step, time.perf_counter()  # tokens/s is that of the steps alone
+            timed_from, clock = step, time.perf_counter()  # tokens/s counts the training steps only
         if stop > 0:
             break
 

@@ -1,4 +1,4 @@
-"""The passkey document: a key hidden in filler text, and the question for it. Also the drills that teach it.
+"""The passkey document: a key hidden in filler text, and the question for it. Also drills that teach retrieval.
 
 Source: Mohtashami & Jaggi, arXiv 2305.16300. The strings are the benchmark's own.
 """
@@ -20,7 +20,7 @@ ANSWER = " {k}"
 def encode_inside(tokenizer, text: str) -> list[int]:
     """The tokens that `text` has inside a longer text.
 
-    Some tokenizers (Llama 2's) put a mark in front of a text, as if a space stood there. So the text is encoded behind
+    Some tokenizers (Llama 2's) put a mark in front of a text, as if a space stood there. So the text is encoded after
     one more character, whose tokens are then cut off. Another character is tried if the tokenizer merges the two.
     """
     for before in ".\n?a0":
@@ -35,7 +35,7 @@ def passkey_document(tokenizer, length: int, key: int, depth: float) -> tuple[li
 
     The document has five lines: task, filler, information, filler, and the question with its answer. The filler is
     cut, token by token, to fill the length. `depth` in [0, 1] is the share of the filler that stands before the
-    information. Question and answer are encoded together, so that the answer's tokens are the ones that a text has:
+    information. Question and answer are encoded together, so that the answer's tokens are those of running text:
     they begin where the question alone has other tokens. If a tokenizer merges the end of the question with the
     answer, the merged token belongs to the answer. Raises UserError if `length` is too short for the fixed strings.
     """
@@ -60,7 +60,7 @@ def byte_tokens(text: str) -> np.ndarray:
 
 
 def drill(rng: np.random.Generator, length: int, text: np.ndarray) -> np.ndarray:
-    """Return (length,) byte tokens that repeat one key with pieces of `text` between: retrieval at every distance.
+    """Return (length,) byte tokens that repeat one key, with `text` in between: retrieval at every distance.
 
     A passkey document has only six bytes that need retrieval, too few for a small model to learn from. In a drill, up
     to one byte in eight needs it. Half of the keys have digits only. The others have letters too, which seldom repeat

@@ -5,8 +5,8 @@
     python data/prepare.py gutenberg --tokens=5e9   the paper's books, from the hub too
     python data/prepare.py FILE.. or FOLDER         your own .txt, .jsonl, .ndjson, .json, .parquet; .gz too
 
-The tokens of one source file after the other are appended. A run that was stopped resumes at the source file it was
-in. The bytes depend on the arguments alone. data/README.md says more.
+The tokens of the source files are appended one file after another. A run that was stopped resumes at the source file
+it was in. The same sources and arguments give the same bytes. data/README.md says more.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ BATCH = 2**22  # characters tokenized at once
 
 
 def standard_library() -> tuple[str, list[tuple[str, str]]]:
-    """What it is, and (name, text) of every module of the running Python's standard library but the tests, by name."""
+    """The name of this Python's standard library, and (path, text) of each of its modules but the tests, by path."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
     for path in sorted(root.rglob("*.py")):
@@ -51,7 +51,7 @@ def standard_library() -> tuple[str, list[tuple[str, str]]]:
 
 
 def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) -> dict:
-    """Write Python's standard library in byte tokens to the folder `out`. Returns what meta.json holds.
+    """Write Python's standard library as byte tokens to the folder `out`. Returns what meta.json holds.
 
     The training split consists of windows of `length` tokens. `share` of them are passkey text, and three in four of
     these are drills: a model of 1 M parameters does not learn retrieval from text alone. Half of the drills have
@@ -81,7 +81,7 @@ def builtin(out: Path, length: int = 512, share: float = 0.75, seed: int = 0) ->
 
 
 def ask_hub(call, *args, **options):
-    """Call one function of the hub's client. Its errors have no base in common, so any of them is taken for one."""
+    """Call a function of the hub's client. Its errors share no base class, so any exception becomes a UserError."""
     huggingface_hub.utils.logging.set_verbosity_error()  # not a line on stderr for each time that it tries again
     try:
         return call(*args, **options)
@@ -103,7 +103,7 @@ def hub_sources(corpus: str) -> tuple[str, list]:
 
 
 def own_sources(args) -> list[tuple[str, str | None]]:
-    """The (path, split) of one's own files. Without a split, each document goes where its hash says."""
+    """The (path, split) of the user's files. If split is None, each document goes where its hash says."""
     val = find_files(args.val or [])
     excluded = {os.path.realpath(path) for path in val}  # a folder for training may contain them
     train = [path for path in find_files(args.source) if os.path.realpath(path) not in excluded]
@@ -198,7 +198,7 @@ def tokenize(out: Path, corpus: str, args) -> dict:
                 finished.append([version, dict(counts)])
                 save_state()
         if not counts["train"] or (args.val and not counts["val"]):
-            raise UserError(f"there is no text to {'validate' if counts['train'] else 'train'} on")
+            raise UserError(f"there is no text to {'validate' if counts['train'] else 'train'} on: name other files")
         if limit and counts["train"] < limit:
             say(f"this is all there is: fewer than the {limit:,} training tokens asked for")
         facts = {"source": corpus, "shards": [path for path, _ in sources[: len(finished)]]}
@@ -225,7 +225,7 @@ def workspace(out: Path, arguments: list):
         with lock(work / "lock"):
             saved = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else state
             if saved["arguments"] != state["arguments"]:
-                raise UserError(f"{work} was begun with other arguments or files: repeat those, or remove it")
+                raise UserError(f"{work} was begun with other arguments or files: repeat those, or remove this folder")
             yield work, saved, lambda: replace_file(kept, lambda f: f.write(json.dumps(saved).encode()))
     except OSError as error:
         raise UserError(f"{out} could not be made ({error}): the same command resumes") from None
@@ -240,14 +240,14 @@ def finish(work: Path, out: Path, tokenizer, facts: dict, n_tokens: dict) -> dic
     for name, content in tokenizer.files.items():
         (done / name).write_bytes(content)
     replace_file(done / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode() + b"\n"))
-    (work / "state.json").unlink(missing_ok=True)  # it speaks of tokens in work/done
+    (work / "state.json").unlink(missing_ok=True)  # it describes the tokens in work/done, which moves
     done.rename(out)
     shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
 def write(out: Path, tokenizer, train: np.ndarray, val: np.ndarray, facts: dict) -> dict:
-    """Make the folder `out` of two arrays of tokens of your own. Returns what meta.json holds."""
+    """Make the folder `out` from two arrays of tokens. Returns what meta.json holds."""
     with workspace(out, [facts]) as (work, _, _):
         for split, tokens in (("train", train), ("val", val)):
             tokens.astype(token_type(tokenizer)).tofile(work / "done" / f"{split}.bin")
@@ -260,17 +260,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", nargs="+", help=f"builtin, c4, gutenberg, a folder, or files: {FORMATS}")
     parser.add_argument("--val", nargs="+", help="files or folders for validation (default: 1%% of the documents)")
     parser.add_argument("--out", type=Path, help="folder to make (default: data/builtin, c4, gutenberg or mine)")
-    parser.add_argument("--tokens", type=float, help="maximum training tokens (default: 10e9 of c4, 5e9 of gutenberg)")
+    parser.add_argument("--tokens", type=float, help="maximum training tokens (default: c4 10e9, gutenberg 5e9)")
     parser.add_argument("--tokenizer", help="gpt2 (default), bytes, a FILE.tiktoken, or a model's tokenizer.json")
     parser.add_argument("--eot", help="end-of-document token of a tokenizer.json, where no config beside it has one")
-    parser.add_argument("--text_column", help="name of each record's text (default: text; TEXT for gutenberg)")
+    parser.add_argument("--text_column", help="field with each record's text (default: text; TEXT for gutenberg)")
     args = parser.parse_args(argv)
     name = args.source[0] if args.source[0] in ("builtin", *HUB) else "files"
     out = args.out or Path("data") / ("mine" if name == "files" else name)
     if out.exists():
         raise UserError(f"{out} exists: remove it, or name another folder with --out")
     if name != "files" and (len(args.source) > 1 or args.val):
-        raise UserError(f"{name} stands alone: prepare files in another folder")
+        raise UserError(f"{name} stands alone, without files or --val: prepare those in another folder")
     if name == "builtin" and (args.tokens or args.tokenizer or args.eot or args.text_column):
         raise UserError("builtin takes no option but --out")
     if args.tokens is not None and not 1 <= args.tokens < float("inf"):

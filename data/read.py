@@ -1,4 +1,4 @@
-"""Reads what lies in files: documents from the source files, and, in `load`, tokens from the folder made of them."""
+"""Reads documents from source files and, in `load`, tokens from the folder made from them."""
 
 import codecs
 import gzip
@@ -15,20 +15,20 @@ from tqdm import tqdm
 
 from common import UserError, say
 
-FORMATS = ".txt, .jsonl, .ndjson or .json (one record per line), each of them also as .gz, and .parquet"
+FORMATS = ".txt, .jsonl, .ndjson or .json (one record per line), each also as .gz, and .parquet"
 VAL_SHARE = 0.01  # of the documents, where no validation files are given
 BLOCK = 2**20  # bytes or characters read at once
 META = '{"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}'  # the least that a meta.json says
 
 
 def format_of(path: str | Path) -> str | None:
-    """Return "txt", "json" or "parquet", or None for a file that is not read. Suffixes count in any case."""
+    """Return "txt", "json" or "parquet", or None for a file that is not read. Case does not matter."""
     match = re.search(r"\.(?:(txt)|(?:json|jsonl|ndjson))(?:\.gz)?$|\.(parquet)$", str(path).lower())
     return match and (match[1] or match[2] or "json")
 
 
 def find_files(names: list[str]) -> list[str]:
-    """The files that the names stand for. A folder stands for all files below it, except hidden ones."""
+    """The files that the names stand for. A folder means all files below it but hidden ones. Raises UserError."""
     found = []
     for name in names:
         path = Path(name)
@@ -82,7 +82,7 @@ def stored(path: str, column: str):
 def documents(path: str, column: str, counts: Counter):
     """Yield (sha256, blocks of text) of each document in a file, and count good, empty and bad records.
 
-    A .txt file is one document, of any size, and is read twice. In other files, the text of each record is one.
+    A .txt file is one document, of any size, and is read twice. In other files, each record's text is one.
     """
     if format_of(path) == "txt":
         sha256, size = hashlib.sha256(), 0
@@ -139,10 +139,10 @@ def file_hash(path: Path) -> str:
 
 
 def load(folder: str | Path, split: str, check: bool = True) -> tuple[np.memmap, dict]:
-    """Return (the tokens of a split, mapped from its file; the facts of meta.json, always with meta[split]["sha256"]).
+    """Return the tokens of a split, mapped from its file, and meta.json, always with meta[split]["sha256"].
 
     `check` reads the whole file, to see that it is the one that meta.json describes. Without it, sha256 is what
-    meta.json says, or None. A meta.json written by hand needs only tokenizer, vocab_size and dtype.
+    meta.json says, or None. A meta.json written by hand needs tokenizer, vocab_size, dtype. Raises UserError.
     """
     folder = Path(folder)
     path, meta_path = folder / f"{split}.bin", folder / "meta.json"

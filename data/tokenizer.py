@@ -5,7 +5,7 @@
 - encode_ordinary(text): the tokens of any text
 - pieces(blocks), encode_batch(pieces): the same for text of any size, piece by piece, on all cores
 - decode(ids): the text
-- files: {name: content} of what has to lie beside the tokens
+- files: {name: content} of the files that belong beside the tokens
 """
 
 import base64
@@ -34,7 +34,7 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 
 
 class TiktokenTokenizer:
-    """A tiktoken.Encoding with GPT-2's pattern, or with one token a byte."""
+    """A tiktoken.Encoding with GPT-2's pattern, or with one token per byte."""
 
     def __init__(self, encoding: tiktoken.Encoding, files: dict[str, bytes]):
         self.encoding, self.files = encoding, files
@@ -42,14 +42,14 @@ class TiktokenTokenizer:
         self.decode = encoding.decode
 
     def pieces(self, blocks):
-        """Yield (piece, whether it is the last) of a text that comes in blocks. Together they have the whole's tokens.
+        """Yield (piece, whether it is the last) of a text in blocks. Their tokens, joined, are those of the text.
 
         A piece ends before the first white-space character that follows PIECE characters and precedes a word or sign.
         GPT-2's pattern always begins a new match there. So no piece has 999 999 white-space characters before another
         character, on which tiktoken panics. A run without such a place, one endless word for example, stays one piece:
         tiktoken takes a few minutes and 2 GB of memory for 60 MB of it.
         """
-        text, start, look = "", 0, PIECE  # the piece begins at `start`; the next cut lies at `look` or behind it
+        text, start, look = "", 0, PIECE  # the piece begins at `start`; the next cut is at `look` or after it
         for block in blocks:
             text, start, look = text[start:] + block, 0, look - start
             while place := CUT.search(text, look):
@@ -75,9 +75,9 @@ class TiktokenTokenizer:
 
 
 class JsonTokenizer:
-    """The tokenizer.json of a Hugging Face model. A special token that a text spells out becomes that token.
+    """The tokenizer.json of a Hugging Face model. Text that spells out a special token becomes that token.
 
-    Where such a tokenizer may be cut is not known (Llama 2's marks the beginning of a text): it gets each text whole.
+    Where its texts may be cut is not known (Llama 2's tokenizer marks the beginning of a text): each stays whole.
     """
 
     def __init__(self, path: Path, eot: str | None):
@@ -101,7 +101,7 @@ class JsonTokenizer:
         self.bos = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
         config = {"eos_token": eot}
         self.name = "json-" + hashlib.sha256(content + json.dumps(config).encode()).hexdigest()[:16]
-        config = json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}).encode()  # as it is written
+        config = json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}).encode()
         self.files = {"tokenizer.json": content, "tokenizer_config.json": config}
 
     def pieces(self, blocks):
@@ -149,7 +149,7 @@ def ranks_tokenizer(path: Path) -> TiktokenTokenizer:
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:
-    """Copy what a folder has of a tokenizer.json and of what belongs to it, unchanged."""
+    """Copy a folder's tokenizer file, and the files that belong to it, unchanged."""
     for name in ("tokenizer.json", "tokenizer.tiktoken", *BESIDE):
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, target / name)
@@ -159,7 +159,7 @@ def get_tokenizer(name: str, *folders: str | Path, eot: str | None = None):
     """The tokenizer `name`: "bytes", "gpt2", a FILE.tiktoken, a tokenizer.json, or what meta.json names.
 
     Of the last kind, the file is in one of the folders: beside the tokens, or beside the checkpoint. `eot` is the
-    end-of-document token of a tokenizer.json that has none in the config beside it.
+    end-of-document token of a tokenizer.json that has none in a config beside it. Raises UserError.
     """
     for prefix, file in (("ranks-", "tokenizer.tiktoken"), ("json-", "tokenizer.json")):
         if name.startswith(prefix):
@@ -182,5 +182,5 @@ def get_tokenizer(name: str, *folders: str | Path, eot: str | None = None):
         raise UserError(f"tokenizer {name!r} is unknown: use gpt2, bytes, a FILE.tiktoken or a model's tokenizer.json")
     try:
         return TiktokenTokenizer(tiktoken.get_encoding("gpt2"), {})
-    except (OSError, ValueError):  # no network; another file than GPT-2's came
+    except (OSError, ValueError):  # no network, or a download that is not GPT-2's file
         raise UserError("tiktoken cannot download GPT-2's files: connect once, or set TIKTOKEN_CACHE_DIR") from None

@@ -1,8 +1,8 @@
-"""How fast, against what one would use instead: every line is a ratio of two things timed alternately in one run.
+"""How fast the code is, compared with what one would use instead. step and data time both alternately, in one run.
 
 python dev/bench.py step                  training steps: FoPE, ALiBi, KERPLE, NoPE against RoPE
 python dev/bench.py data [MB [ROUNDS]]    data/prepare.py against the bare tokenizer, and its memory
-python dev/bench.py gpu [60M 180M 1.2B]   FoPE, RoPE, Llama: tokens/s, share of the card's peak
+python dev/bench.py gpu [60M 180M 1.2B]   FoPE, RoPE, Llama: tokens/s, share of the GPU's peak
 """
 
 import base64
@@ -36,7 +36,7 @@ DEVICE, DTYPE, autocast = find_device()
 
 
 def alternate(rounds: int, *works) -> list[list[float]]:
-    """Seconds of each work in each round, after a round of warm-up: [work][round]."""
+    """Seconds that each function takes in each round, after a warm-up round: [function][round]."""
     seconds = [[] for _ in works]
     for _ in range(rounds + 1):
         for work, mine in zip(works, seconds):
@@ -99,9 +99,9 @@ def loss_of(run, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def gpu(*presets: str) -> None:
-    """Compiled training steps at N = 512. The micro batch fits 48 GB, the memory of the paper's cards.
+    """Compiled training steps at N = 512. The micro-batch fits 48 GB, the memory of the paper's GPUs.
 
-    The share of the card's peak counts 6 FLOPs per token and parameter, with one embedding matrix.
+    The share of the GPU's peak counts 6 FLOPs per token and parameter, with one embedding matrix.
     """
     from conftest import llama_of
 
@@ -119,7 +119,7 @@ def gpu(*presets: str) -> None:
         at_once, speeds = RECIPES[preset].get("micro_tokens", 4096) if cuda else 512, {}
         for kind in ("fope", "rope", "llama"):
             while at_once >= 512 and kind not in speeds:
-                model = x = y = None  # of the try before
+                model = x = y = None  # frees those of the previous try
                 torch.compiler.reset()
                 gc.collect()
                 if cuda:
@@ -149,7 +149,7 @@ def gpu(*presets: str) -> None:
 
 
 def write_ranks(path: Path, texts: list[str], n: int = 50_256) -> None:
-    """A vocabulary as large as GPT-2's: the bytes, and the commonest words of the texts with all their beginnings."""
+    """A vocabulary as large as GPT-2's: the bytes, and the most common words of the texts with all their prefixes."""
     words = Counter(word for text in texts for word in regex.findall(GPT2_PATTERN, text))
     beginnings = Counter()
     for word, count in words.items():

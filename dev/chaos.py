@@ -2,7 +2,7 @@
 
     python dev/chaos.py --rounds=10 --seed=0
 
-The end must equal, bit for bit, a run that nothing disturbed.
+The final state must equal that of an undisturbed run, bit for bit.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def chaos(folder, argv, rounds, seed):
         status, stderr = run.end()
         if way != "SIGKILL":
             assert not (out / "ckpt.tmp").exists()
-            assert "Traceback" not in stderr or way == "full disk", stderr  # a log that cannot be written keeps its own
+            assert "Traceback" not in stderr or way == "full disk", stderr  # closing a full log may print one
         step = torch.load(out / "ckpt.pt")["step"] if (out / "ckpt.pt").exists() else 0
         told.append((way, step, status))
     status, stderr = Run(folder, [*argv, f"--out={out}", *["--resume"] * out.exists()]).end()
@@ -101,4 +101,4 @@ if __name__ == "__main__":
         argv = [*FLAGS, f"--data={data}", "--steps=600", "--save_every=50"]
         for way, step, status in chaos(Path(folder), argv, args.rounds, args.seed):
             print(f"{way}: checkpoint at step {step}, status {status}")
-    print("The end equals the run that nothing disturbed.")
+    print("The final state equals that of the undisturbed run.")

@@ -9,7 +9,7 @@ many as the measured speed allows. So a rehearsal on a CPU goes through the same
     python dev/lend.py text60m kept 1200 --n_layer=1 --n_head=1 --n_embd=32 --n_hidden=32 --steps=2 \
         --batch_tokens=1024 --micro_tokens=512 --eval_tokens=8192 --eval_trials=2 --dtype=float32 --compile=off
 
-On a card of your own, with all the time that it takes, type the commands of paper/README.md instead.
+On a GPU of your own, without a time limit, type the commands of paper/README.md instead.
 """
 
 import bz2
@@ -28,8 +28,8 @@ from plot import read_lines
 from train import configure, parse_flags
 
 EVALUATION = 100  # seconds that the evaluation gets
-STARTUP = 25  # seconds of a training beside its steps: imports, compilation, validation, checkpoints
-PROBE = 100  # steps that tell the speed
+STARTUP = 25  # seconds of a training besides its steps: imports, compilation, validation, checkpoints
+PROBE = 100  # steps that measure the speed
 
 
 @command
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         return subprocess.Popen([sys.executable, *map(str, words)])
 
     def wait(*processes, seconds: float) -> None:
-        """Ask what still runs after so many seconds to stop. A training saves first."""
+        """Ask whatever still runs after this many seconds to stop. A training saves first."""
         until = time.monotonic() + seconds
         for process in processes:
             try:
@@ -83,11 +83,11 @@ def main(argv: list[str]) -> None:
     parts = [unpack("passkey"), unpack("train"), f"--val={work}/val.jsonl"]
     wait(start("data/prepare.py", *parts, f"--out={work}/data"), *probes, seconds=left())
 
-    # ---- Train. If the clock stops one after all, its records say at which step.
+    # ---- Train. If time runs out for one after all, its records say at which step.
     speed = [line["tokens_per_s"] for line in read_lines(work / "probe-fope/log.jsonl") if "loss" in line][-1]
     affordable = ((left() - EVALUATION) / 2 - STARTUP) * speed / cfg.batch_tokens
     flags += [f"--data={work}/data", f"--steps={max(1, min(cfg.steps, int(affordable)))}"]
-    say(f"\n{speed:,} tokens/s are enough for {affordable:.0f} steps, the recipe has {cfg.steps}")
+    say(f"\n{speed:,} tokens/s are enough for {affordable:.0f} steps; the recipe has {cfg.steps}")
     for pos, trainings_left in (("fope", 2), ("rope", 1)):
         training = start("train.py", *flags, f"--pos={pos}", f"--out={runs[pos]}")
         wait(training, seconds=(left() - EVALUATION) / trainings_left)

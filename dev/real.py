@@ -1,4 +1,4 @@
-"""Compare an imported model with the one that transformers loads: logits on a text, and greedy text.
+"""Compare an imported model with the one that transformers loads: logits on a text, and greedy decoding.
 
     python dev/real.py SmolLM2-135M out/smollm README.md
 

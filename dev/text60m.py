@@ -1,10 +1,10 @@
-"""Text for `--model=60M-short` from Debian 12's packages: prose and documentation first, then code of the kernel.
+"""Text for `--model=60M-short` from Debian 12's packages: prose and documentation first, then kernel code.
 
     apt-get download $(python dev/text60m.py)     # 200 MB, into the current folder
     python dev/text60m.py . text60m               # a few minutes
 
-text60m gets train, val and passkey as .jsonl.bz2, together at most 44 MiB, so that they can go where little can be
-copied to. Whole documents are held out, one in forty. tiktoken downloads the files of GPT-2's tokenizer to ranks/,
+text60m gets train, val and passkey as .jsonl.bz2, together at most 44 MiB, for machines to which only a little can be
+copied. Whole documents are held out, one in forty. tiktoken downloads the files of GPT-2's tokenizer to ranks/,
 unless they are there. paper/README.md has the licenses and the next commands.
 """
 
@@ -37,7 +37,7 @@ PASSKEY_SHARE = 1 / 50  # of the windows
 
 
 def files(tar: tarfile.TarFile, pattern: re.Pattern):
-    """Yield (name, content) of the files whose name has the pattern, also of those in a .tar.xz inside."""
+    """Yield (name, content) of the files whose names match the pattern, even those in an inner .tar.xz."""
     for member in tar:
         if member.name.endswith(".tar.xz") and member.isfile():
             with tarfile.open(fileobj=tar.extractfile(member), mode="r|xz") as inner:
@@ -82,7 +82,7 @@ def novels(found):
 
 
 def descriptions(found):
-    """The documentation of the calls of web services, which JSON files describe."""
+    """The documentation in JSON files that describe the calls of web services."""
     for _, content in found:
         texts = []
         json.loads(content, object_hook=lambda fields: texts.append(fields.get("documentation")))
@@ -113,7 +113,7 @@ def documents(debs: Path, package: str, pattern: str, reader):
     if len(found) != 1:
         raise UserError(f"{debs} must have one {package}_VERSION.deb: apt-get download {package}")
     call = ["dpkg-deb", "--fsys-tarfile", found[0]]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as dpkg:  # silent if text is enough
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as dpkg:  # noise if we stop early
         with tarfile.open(fileobj=dpkg.stdout, mode="r|") as tar:
             for text in reader(files(tar, re.compile(pattern))):
                 if reader is not plain:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def llama_names(cfg: GPTConfig) -> dict[str, list[str]]:
-    """Each of our weights, and the weights of a Llama whose rows it holds."""
+    """Maps each of our weights to the weights of a Llama whose rows it holds."""
     names = {"embedding": ["model.embed_tokens"], "norm": ["model.norm"]}
     if not cfg.tied:
         names["head"] = ["lm_head"]
@@ -49,7 +49,7 @@ def llama_names(cfg: GPTConfig) -> dict[str, list[str]]:
 
 
 def in_llama_names(cfg: GPTConfig, ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our weights, or their gradients, cut into the rows of a Llama's."""
+    """Our weights, or their gradients, cut into those of a Llama."""
     weights = {}
     for name, theirs in llama_names(cfg).items():
         rows = [len(ours[name]) // len(theirs)] * len(theirs)
@@ -72,10 +72,10 @@ def intern_s1_coefficients(cos_coef: torch.Tensor, sin_coef: torch.Tensor) -> to
 
 
 def read_config(config, tied: bool) -> GPTConfig:
-    """The model that a config of transformers describes. Raises UserError that names what our GPT does not have."""
+    """The model that a config of transformers describes. Raises a UserError that names what our GPT lacks."""
     architecture = (config.architectures or ["an unknown architecture"])[0]
     if architecture not in ("LlamaForCausalLM", "MistralForCausalLM"):
-        raise UserError(f"model.py has no form for {architecture}")
+        raise UserError(f"our GPT cannot represent {architecture}, only LlamaForCausalLM and MistralForCausalLM")
     N, rope = config.max_position_embeddings, config.rope_parameters
     kind, window = rope["rope_type"], getattr(config, "sliding_window", None)
     constants = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "truncate": True}
@@ -90,7 +90,7 @@ def read_config(config, tied: bool) -> GPTConfig:
         f"{kind} with other constants": any(rope.get(name) not in (None, x) for name, x in constants.items()),
     }
     if found := [name for name, is_so in unfit.items() if is_so]:
-        raise UserError(f"model.py has no form for {' and '.join(found)}")
+        raise UserError(f"our GPT cannot represent {' and '.join(found)}")
     scaling = {}
     if kind != "default":
         original = rope.get("original_max_position_embeddings") or N
@@ -118,7 +118,7 @@ def read_config(config, tied: bool) -> GPTConfig:
 
 
 def from_hf(folder: Path, work: Path, out: Path) -> None:
-    """Write to the folder `work` what the folder `out` will hold: ckpt.pt and the tokenizer. Raises UserError.
+    """Write ckpt.pt and the tokenizer to the folder `work`, which becomes `out`. Raises UserError.
 
     transformers reads the config and the weights: defaults, older spellings, shards, which file wins, what is tied.
     """
@@ -157,7 +157,7 @@ def from_hf(folder: Path, work: Path, out: Path) -> None:
 
 
 def rope_parameters(model: GPT) -> dict | None:
-    """The entry of config.json that makes a plain Llama compute the model's position embedding. None: there is none."""
+    """The entry of config.json that makes a plain Llama compute the model's position embedding, or None."""
     cfg, position = model.cfg, model.blocks[0].attention.position
     has_series = getattr(position, "coef", None) is not None
     if has_series or cfg.logn or cfg.whole_cycles or (cfg.logit_scale != 1 and cfg.scaling != "yarn"):
@@ -181,7 +181,7 @@ def rope_parameters(model: GPT) -> dict | None:
 
 
 def fope_options(cfg: GPTConfig) -> dict:
-    """config.fope of modeling_fope.py. The frequencies are written out: nothing follows from other fields."""
+    """config.fope of modeling_fope.py. The frequencies are written out, not derived from other fields."""
     names = ("pos", "logn", "logit_scale", *(FOPE_OPTIONS if cfg.pos == "fope" else ("train_len",)))
     facts = {"seed": position_seed(cfg, 0), "omega": frequencies(cfg).tolist()}  # modeling_fope.py adds the layer
     return {name: getattr(cfg, name) for name in names} | facts
@@ -250,10 +250,10 @@ def to_hf(run: Path, work: Path, dtype: str) -> None:
 @command
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, prog="hf.convert")
-    parser.add_argument("direction", choices=("from", "to"))
+    parser.add_argument("direction", choices=("from", "to"), help="from: import a model; to: export a run")
     parser.add_argument("source", type=Path, help="from: a Hugging Face folder; to: a run folder of train.py")
     parser.add_argument("target", type=Path, help="the folder to write, which must not exist")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to: of the weights")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to: dtype of the weights")
     args = parser.parse_args(argv)
     if args.target.exists():
         raise UserError(f"{args.target} exists: name another folder")

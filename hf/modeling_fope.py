@@ -1,7 +1,7 @@
 """A Llama with FoPE, or with RoPE and log-n scaling, for transformers. hf/convert.py exports it with a copy of fope.py.
 
 Load it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). config.fope holds what config.json
-says about the position embedding: pos, omega (the frequencies), logn, logit_scale, train_len, and the options of FoPE.
+says about the position embedding: pos, omega (the frequencies), seed, logn, logit_scale, train_len, FoPE's options.
 """
 
 import torch
@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 
 if Version(transformers.__version__) < Version("5.5"):
-    raise ImportError(f"this model needs transformers 5.5 or newer, not {transformers.__version__}: pip install -U it")
+    raise ImportError(f"this model needs transformers 5.5 or newer, not {transformers.__version__}: upgrade it")
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,8 +21,8 @@ from .fope import FoPE, RoPE, log_n
 class FopeLlamaConfig(LlamaConfig):
     """A Llama's config with the field `fope`.
 
-    In config.json, rope_type is "fope", which a plain Llama does not know. So the model cannot be loaded as one without
-    this code, which would silently compute RoPE.
+    In config.json, rope_type is "fope", which a plain Llama does not know. So the model cannot be loaded as a plain
+    Llama, which would silently compute RoPE.
     """
 
     base_model_tp_plan = {}  # a rank's share of the heads would not fit the coefficients of all heads

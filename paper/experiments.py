@@ -4,9 +4,9 @@
     python paper/experiments.py fig1 --scale=1.2B    as in the paper: torchrun on all GPUs, one run after another
     python paper/experiments.py tables               no training: write the tables and figures of the records again
 
-A run is a command of train.py and some of eval_passkey.py. They are printed. You can type them instead. A run whose
+A run is a command of train.py and some of eval_passkey.py. Each is printed, so you can also type it. A run whose
 records exist is skipped. Ctrl-C and SIGTERM let the running commands save, and then the same command resumes. Records
-are in paper/results/SCALE/eval.jsonl. Table and figure, EXPERIMENT.md and .png beside them, show all seeds.
+are in paper/results/SCALE/eval.jsonl. The table and the figure, EXPERIMENT.md and .png beside them, show all seeds.
 """
 
 import itertools
@@ -46,7 +46,7 @@ EXPERIMENTS = {  # the runs of each
     "qknorm": ["rope", "rope-qknorm", "fope", "fope-qknorm"],
     "logn": ["alibi", "kerple", "fire", "rope", "fope"],
 }
-LOGN = {  # the runs of each that are shown with log n too, p = 2
+LOGN = {  # the runs of each that are also shown with log-n scaling, p = 2
     "fig1": ["rope", "fope"],
     "fig6a": ["fope", "fope-no-fs", "fope-no-cf", "books-fope", "books-fope-no-fs", "books-fope-no-cf"],
     "release": ["fope", "fope-eq13", "fope-normal"],
@@ -54,8 +54,8 @@ LOGN = {  # the runs of each that are shown with log n too, p = 2
     "logn": EXPERIMENTS["logn"],
 }
 TITLES = {  # of the figures of tiny that the pages show
-    "fig1": "With log n at test time, FoPE finds nine keys in ten at 8N. RoPE loses half at 2N",
-    "logn": "Log n lets FoPE find nine keys in ten at 8N. It harms KERPLE",
+    "fig1": "With log-n scaling at test time, FoPE finds nine keys in ten at 8N. RoPE loses half at 2N",
+    "logn": "Log-n scaling lets FoPE find nine keys in ten at 8N. It harms KERPLE",
 }
 
 
@@ -80,7 +80,7 @@ TABLE1 = [
 
 
 def runs_of(p: TrainConfig) -> dict[str, dict]:
-    """The flags of every run that change the preset p. init_from is the run that it continues."""
+    """The flags of every run that change the preset p. init_from is the run that a run continues."""
     doubled = dict(n_embd=2 * p.n_embd, n_hidden=2 * p.n_hidden)
     runs = {pos: dict(pos=pos) for pos in ("nope", "alibi", "kerple", "fire", "rope", "fope")}
     runs |= {
@@ -100,7 +100,7 @@ def runs_of(p: TrainConfig) -> dict[str, dict]:
     }
     books = "data/books" if p.model == "tiny" else "data/gutenberg"
     runs |= {f"books-{name}": flags | dict(data=books) for name, flags in runs.items()}
-    # A tenth of the tokens at 2N. The paper gives no schedule: we halve lr, and warm up for 5 % of the steps.
+    # A tenth of the tokens at 2N. The paper gives no schedule: we halve lr, and warm up for 5% of the steps.
     longer = dict(train_len=2 * p.train_len, steps=p.steps // 10, warmup=p.steps // 200, lr=p.lr / 2)
     for start in ("rope", "fope"):
         runs[f"{start}-then-yarn"] = dict(pos=start, init_from=start, scaling="yarn") | longer
@@ -147,7 +147,7 @@ def commands(run: str, seed: int, scale: str, trials: int, records: list[dict]) 
 
 
 class Driver:
-    """Carries out jobs side by side. What their commands print is in out/SCALE/RUN-sSEED.log."""
+    """Runs jobs side by side. What their commands print goes to out/SCALE/RUN-sSEED.log."""
 
     def __init__(self, scale: str, environments: list[dict]):
         self.scale, self.processes, self.stopped, self.failed = scale, [], False, []
@@ -156,7 +156,7 @@ class Driver:
             self.free.put(environment)
 
     def stop(self, *signal) -> None:
-        """Lets the running commands save and end, and starts no other."""
+        """Lets the running commands save and end, and starts no more."""
         self.stopped = True
         for process in self.processes:
             process.terminate()
@@ -189,7 +189,7 @@ class Driver:
         log = ROOT / f"{out}.log"
         ended = all(not self.stopped and self.call(words, log, environment) for words in job["commands"])
         records = records_in(ROOT / out / "eval.jsonl")[before:]
-        if not ended or any(record["step"] < record["steps"] for record in records):  # a stopped training ends well
+        if not ended or any(record["step"] < record["steps"] for record in records):  # a stopped training has status 0
             self.failed.append(out)
             if not self.stopped:
                 say(f"{out} is not finished: see {log}", sys.stderr)
@@ -221,13 +221,13 @@ def report(experiment: str, scale: str, records: list[dict]) -> None:
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("experiment", choices=[*EXPERIMENTS, "table1", "tables"], help="table1 only prints its commands")
+    add("experiment", choices=[*EXPERIMENTS, "table1", "tables"], help="table1 only prints commands; tables redraws")
     add("--scale", choices=SCALES, default="tiny", help="the size of the model (default: tiny)")
     add("--seeds", default="0", help="comma-separated (default: 0)")
     add("--runs", help="comma-separated: only these runs of the experiment")
     add("--trials", type=int, help="passkey trials per length (default: 50 for tiny, else 1000)")
     add("--jobs", type=int, help="runs at a time for tiny (default: one on every CPU core or GPU)")
-    add("--dry_run", action="store_true", help="print the commands and end")
+    add("--dry_run", action="store_true", help="print the commands and exit")
     args = parser.parse_args(argv)
     if min(args.jobs or 1, args.trials or 1) < 1:
         raise UserError("--jobs and --trials must be at least 1")

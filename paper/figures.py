@@ -2,7 +2,7 @@
 
     python paper/figures.py            draw all of them into paper/figures, and bring lesson/index.html up to date
 
-The last ones show what measure.py found in trained models.
+The last two figures show what measure.py found in trained models.
 
 In all figures, FoPE is the thick colored line and RoPE is black. N is the training length in tokens, theta the base of
 the frequencies, and sigma the size of FoPE's coefficients. A notebook can call each function with other values.
@@ -120,7 +120,7 @@ def truncation(N: int = 512, theta: float = 10_000.0, head_dim: int = 64) -> Fig
 
 
 def mixing(N: int = 512) -> Figure:
-    """Eq. 7: a linear layer mixes frequencies. Eq. 8, 14-18: an activation adds j w1 + k w2, j and k of both signs."""
+    """Eq. 7: a linear layer mixes frequencies. Eq. 8, 14-18: an activation adds j w1 + k w2, for integers j and k."""
     angle = 2 * np.pi * np.outer((19, 50), np.arange(N)) / N  # 19 and 50 cycles within N
     pairs = np.concatenate([np.cos(angle), np.sin(angle)])
     mixed = (2 * np.random.default_rng(0).standard_normal((4, 4)) @ pairs)[0]
@@ -158,7 +158,7 @@ def blind_coefficients(N: int = 512, sigma: float = 0.3, draws: int = 200) -> Fi
     closer = (errors[sigmas.index(sigma)] < errors[0]).mean()
     title = f"Random coefficients do not model a mixture:\nFoPE is closer than RoPE in {closer:.0%} of {draws} draws"
     fig, (axis,) = panels(1, title)
-    axis.plot(sigmas, np.median(errors, 1), "o-", **FOPE, label="FoPE: median, 5 % to 95 %")
+    axis.plot(sigmas, np.median(errors, 1), "o-", **FOPE, label="FoPE: median, 5% to 95%")
     axis.fill_between(sigmas, *np.percentile(errors, [5, 95], axis=1), color=FOPE["color"], alpha=0.2)
     axis.plot(0, np.median(errors[0]), "s", color="black", markersize=9, zorder=3, label="RoPE")
     axis.set(xlabel="σ of FoPE's coefficients", ylabel="rms error of the logit", ylim=(0, None))
@@ -169,7 +169,7 @@ def blind_coefficients(N: int = 512, sigma: float = 0.3, draws: int = 200) -> Fi
 def departure(position: FoPE, T: int) -> float:
     """How far the logit is from a function of distance: 0 for RoPE, 1 for no dependence on distance at all.
 
-    Let z_n = cos + i sin of a pair's factor at position n. Query s and key t contribute z_s conj(z_t). For
+    Let z_t be a pair's factor cos + i sin at position t. A query at s and a key at t contribute z_s conj(z_t). For
     q and k of independent standard normals, the mean square of the logit is the sum of its |.|^2 over the pairs. The
     result is exact: the root of the variance along the diagonals s - t = n over the mean square, for all heads.
     """
@@ -188,7 +188,7 @@ def departure(position: FoPE, T: int) -> float:
 
 
 def both_positions(N: int = 512, theta: float = 10_000.0, head_dim: int = 64, sigma: float = 0.3) -> Figure:
-    """The logit of one q and one k at every two positions. A function of distance is constant along diagonals."""
+    """The logit of one q and one k at every pair of positions. A function of distance is constant along diagonals."""
     shape = dict(n_head=1, head_dim=head_dim, train_len=N, theta=theta, seed=0, sigma=sigma)
     fig, axes = panels(2, "FoPE's logit is not exactly a function of distance:\nits diagonals are not constant", 4)
     q, k = torch.randn(2, 1, 1, 1, head_dim, generator=torch.Generator().manual_seed(0))
@@ -244,8 +244,8 @@ def attention_on_key(runs: list[dict] | None = None) -> Figure:
 
     runs: what measure.attention_on_key() found in each model, by default the committed results.
     """
-    finding = "" if runs else ". With it, FoPE's stays"
-    fig, (axis,) = panels(1, f"Without log n, attention on the key\nfades beyond N{finding}", 4)
+    finding = "" if runs else ". With it, FoPE's attention stays"
+    fig, (axis,) = panels(1, f"Without log-n scaling, attention on the key\nfades beyond N{finding}", 4)
     runs = runs or json.loads((RESULTS / "attention.json").read_text(encoding="utf-8")).values()
     for pos, look in (("rope", dict(color="black", linewidth=2)), ("fope", FOPE)):
         for p in (0.0, 2.0):

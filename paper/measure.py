@@ -48,10 +48,10 @@ def mean_qk(model: GPT, checkpoint: dict) -> dict:
 def attention_on_key(model: GPT, checkpoint: dict, trials: int = 10) -> list[dict]:
     """How the queries that must name a digit of the key attend to the key's digits: numbers by layer and head.
 
-    share: the part of the attention on the digits. near: that on the 16 latest tokens. lead: the digits' mean logit,
-    weighted by attention, above the plain mean of all other tokens. gap: the same above their mean weighted by
-    attention. A row has one length and the exponent p of log n in each layer: 0, 1 or 2 in all of them and, at 4N, 2 in
-    all but the last layer or in the last alone. right: the share of keys that the model names.
+    share: the part of attention on the digits. near: the part on the 16 latest tokens. lead: the digits' mean logit,
+    weighted by attention, minus the plain mean over all other tokens. gap: the same, minus the other tokens' mean
+    weighted by attention. A row has one length and p of log-n scaling in each layer: 0, 1 or 2 in all and, at 4N,
+    2 in all but the last layer or in the last alone. right: the share of keys that the model names.
     """
     cfg, N, seen, p_of = model.cfg, model.cfg.train_len, [], {}
     tokenizer = get_tokenizer(checkpoint["tokenizer"], checkpoint["folder"], checkpoint["config"]["data"])
@@ -108,7 +108,7 @@ def head_numbers(position, q: torch.Tensor, k: torch.Tensor, digits: torch.Tenso
 def reading_head(rows: list[dict], N: int) -> str:
     """The head with the largest share at N, and the p that keeps this share beyond N, to first order.
 
-    All logits times s change the log of the share's odds by (s - 1) gap, and n keys instead of N change it by
+    Multiplying all logits by s changes the share's log odds by (s - 1) gap, and n keys instead of N change them by
     -log(n / N). Both cancel for s - 1 = log(n / N) / gap, that is, near N, for (log n / log N)^p with p = log N / gap.
     """
     shares = np.array(rows[0]["share"])
@@ -138,11 +138,11 @@ def loss_by_position(model: GPT, data: str, split: str, length: int, windows: in
 @torch.no_grad()
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("qk", "attention", "loss"))
+    parser.add_argument("what", choices=("qk", "attention", "loss"), help="what to measure")
     parser.add_argument("runs", nargs="+", type=Path, help="folders that train.py or hf.convert wrote")
     parser.add_argument("--data", help="loss: folder with the text (default: each run's own data)")
-    parser.add_argument("--split", default="val", choices=("train", "val"), help="loss: of that folder (default: val)")
-    parser.add_argument("--length", type=int, default=16_384, help="loss: tokens (default: 16384)")
+    parser.add_argument("--split", default="val", choices=("train", "val"), help="loss: split to use (default: val)")
+    parser.add_argument("--length", type=int, default=16_384, help="loss: tokens in a text (default: 16384)")
     parser.add_argument("--windows", type=int, default=2, help="loss: how many texts of that length (default: 2)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
             found |= {"loss": loss_by_position(model, data, args.split, args.length, args.windows)}
         results[run.name] = found
         replace_file(file, lambda f: f.write(json.dumps(results).encode() + b"\n"))
-        say(f"{run} is in {file}")
+        say(f"written: {run} in {file}")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ prepare good.jsonl --tokenizer=bad.json                  | bad.json is not a tok
 
 convert from nowhere new                                 | there is no nowhere/config.json
 convert from llama llama                                 | llama exists
-convert from llama-gpt2 new                              | no form for GPT2LMHeadModel
+convert from llama-gpt2 new                              | cannot represent GPT2LMHeadModel
 convert from llama-biases new                            | biases
 convert from llama-experts new                           | experts
 convert from llama-partial new                           | partial rotation

@@ -41,7 +41,7 @@ def test_whole_cycles_are_the_nearest_ones():
         (lambda omega: position_interpolation(omega, 0.0), "scale 0"),
         (lambda omega: yarn(omega, 4, 512, head_dim=64, theta=1.0), "theta above 1"),
         (lambda omega: yarn(whole_cycles(omega, 512), 4, 512, head_dim=64, theta=1e4), "no frequency zero"),
-        (lambda omega: llama3(omega, 4, 0), "original_len 0"),
+        (lambda omega: llama3(omega, 4, 0), "length 0"),
         (lambda omega: llama3(omega, 4, 512, low=4, high=1), "less than high"),
     ],
 )

@@ -27,7 +27,7 @@ from torch import nn
 #
 # Attention compares a query with a key through their dot product, the logit. The dot product alone does not depend on
 # how far apart the two tokens are. RoPE groups the d dimensions into pairs. Pair m gets a frequency, from 1 down to
-# about 1/theta, where the base theta is usually 10 000:
+# about 1/theta, where the base theta is usually 10,000:
 #
 #     w_m = theta^(-2m/d),   m = 0 .. d/2-1                                                                     (1)
 
@@ -65,7 +65,7 @@ def angles(omega: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> 
 
     A product w t in float32 would be off by up to 5e-4 radians at position 8191, and float64, which only float64 inputs
     get, is slow or missing on accelerators. So a cycle is divided into 2^40 steps. The product of whole steps per token
-    and positions, modulo 2^40, is exact. The result is within 5e-7 radians, and at position 1 000 000 within 4e-6.
+    and positions, modulo 2^40, is exact. The result is within 5e-7 radians, and at position 1,000,000 within 4e-6.
     """
     if dtype == torch.float64:
         return positions[..., None].double() * omega.to(positions.device)

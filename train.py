@@ -38,7 +38,7 @@ from data.tokenizer import copy_tokenizer
 from model import GPT, PRESETS, GPTConfig, keep_coefficients, load_checkpoint
 from muon import Muon
 
-# How a preset is trained. The paper's recipe (App. A.3) is 10B tokens in steps of 524 288.
+# How a preset is trained. The paper's recipe (App. A.3) is 10B tokens in steps of 524,288.
 PAPER = dict(data="data/c4", batch_tokens=524_288, steps=19_073, lr=6e-4, warmup=10_000)
 RECIPES = {
     "tiny": dict(optimizer="muon", steps=2000, final_lr=0.0, log_every=100),

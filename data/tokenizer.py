@@ -45,7 +45,7 @@ class TiktokenTokenizer:
         """Yield (piece, whether it is the last) of a text in blocks. Their tokens, joined, are those of the text.
 
         A piece ends before the first white-space character that follows PIECE characters and precedes a word or sign.
-        GPT-2's pattern always begins a new match there. So no piece has 999 999 white-space characters before another
+        GPT-2's pattern always begins a new match there. So no piece has 999,999 white-space characters before another
         character, on which tiktoken panics. A run without such a place, one endless word for example, stays one piece:
         tiktoken takes a few minutes and 2 GB of memory for 60 MB of it.
         """

@@ -25,7 +25,7 @@ QUESTION = "What is the pass key? The pass key is {k}"
 def marked(*merged):
     """Llama 2's way: a text begins with a token <s> and with ▁, which stands for a space.
 
-    Each character is a token. So are the `merged` ones, built up from the left.
+    Each character is a token. So are the `merged` ones, built up from the left, and the first of them win.
     """
     letters, merges = sorted({*TASK, *FILLER, *INFORMATION, *QUESTION, *"\n▁0123456789"} - {" "}), []
     for token in merged:
@@ -42,7 +42,7 @@ WORDS = ["▁The", "▁is", "▁pass", "▁key", "grass", "▁There", "▁3", "�
 TOKENIZERS = {
     "bytes": get_tokenizer("bytes"),
     "Llama 2": marked(*WORDS),
-    "merges across the seams": marked(*WORDS, ".▁T", ".▁H", ".\n", "\nT", "\nW", "?▁T", "s▁3", "s▁12"),
+    "merges across the seams": marked("s▁3", "s▁12", ".▁T", ".▁H", ".\n", "\nT", "\nW", "?▁T", *WORDS),
 }
 
 
@@ -62,7 +62,7 @@ def test_a_document_is_the_benchmark_verbatim_and_has_exactly_the_length(name, l
     assert (
         tokenizer.encode_ordinary(text)[-n:] == tokens[-n:]
     )  # the answer has the tokens that it has in the whole text
-    assert answer == f" {key}" or ("merges" in name and answer == f"s {key}")
+    assert answer == (" is" if "merges" in name else "") + f" {key}"  # from where the question alone has other tokens
     task, before, information, after, question = text.removeprefix(" ").split("\n")
     assert (task, information, question) == (TASK, INFORMATION.format(k=key), QUESTION.format(k=key))
     assert " ".join([FILLER] * 200).startswith(before) and " ".join([FILLER] * 200).startswith(after)

@@ -6,6 +6,7 @@ The oracles are the tokenizer's own library on whole texts in memory, and `regex
 import base64
 import gzip
 import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -13,10 +14,12 @@ import random
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
 import huggingface_hub as hf
+import huggingface_hub.constants
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -282,36 +285,56 @@ def test_a_flag_or_else_a_config_beside_a_tokenizer_json_names_the_end_of_a_docu
 COMMIT = "5" * 40
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub's client asks of a server with server.files. The first transfer of server.breaks ends half-way."""
+
+    def do_GET(self):
+        hub, path = self.server, self.path.partition("?")[0]
+        facts = {"id": "x", "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.files]}
+        body = json.dumps(facts).encode() if "/api/" in path else hub.files[path.partition(f"/{COMMIT}/")[2]]
+        first = int(re.search(r"\d+", self.headers["Range"] or "bytes=0-")[0])
+        self.send_response(206 if first else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", hashlib.sha256(body).hexdigest())
+        self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - first))
+        self.end_headers()
+        if self.command == "GET":
+            breaks, hub.breaks = path.endswith(hub.breaks), "/" if path.endswith(hub.breaks) else hub.breaks
+            self.wfile.write(body[first : len(body) // 2 if breaks else None])
+            self.close_connection = True
+
+    do_HEAD = do_GET
+    log_message = mock.Mock()
+
+
 @pytest.fixture
 def hub(monkeypatch):
-    """hub(files) puts a dataset of these files, at one commit, where the hub's client would download one."""
-
-    def hub(files):
-        def download(_, name, *, local_dir, revision, repo_type):
-            assert (revision, repo_type) == (COMMIT, "dataset")
-            write(local_dir, {name: files[name]})
-            return str(local_dir / name)
-
-        info = hf.hf_api.DatasetInfo(id="x", sha=COMMIT, siblings=[{"rfilename": name} for name in files])
-        for owner, name, effect in [(hf.HfApi, "dataset_info", [info]), (hf, "hf_hub_download", download)]:
-            monkeypatch.setattr(owner, name, mock.create_autospec(getattr(owner, name), side_effect=effect))
-
-    return hub
+    """The hub, on 127.0.0.1. Its client is the real one."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = hf.constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hf.constants.ENDPOINT, address)
+    monkeypatch.setattr(hf.constants, "ENDPOINT", address)
+    monkeypatch.setattr(hf.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server
+    server.shutdown()
 
 
-def test_c4_comes_from_the_hub_as_far_as_it_is_needed(hub):
+def test_c4_comes_from_the_hub_as_far_as_it_is_needed_over_a_broken_transfer(hub):
     names = [f"en/c4-validation.{i:05d}-of-00008.json.gz" for i in range(8)]
     names += [f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(2)]  # the hub does not have a third one
     some = {name: texts(20, name) for name in names}
-    hub({name: gzip.compress(lines(its)) for name, its in some.items()})
+    hub.files, hub.breaks = {name: gzip.compress(lines(its)) for name, its in some.items()}, names[-1]
     val, train = (tokens(text for name in its for text in some[name]) for its in (names[:8], names[8:]))
     *fetched, meta = main(f"c4 --tokens={len(train) - 5}")
     assert (fetched, meta["revision"], meta["shards"]) == ([train[:-5], val], COMMIT, names)
+    assert hub.breaks == "/"  # the transfer did break
 
 
 def test_gutenberg_is_all_parquet_files_that_the_hub_lists(hub):
     files = {f"data/train-{i:05d}-of-00002.parquet": parquet(A[100 * i :][:100], "TEXT") for i in range(2)}
-    hub({"README.md": b""} | files)
+    hub.files, hub.breaks = {"README.md": b""} | files, "/"
     assert list(main("gutenberg")[:2]) == [tokens(side) for side in by_split(A)]
 
 

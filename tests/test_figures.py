@@ -47,7 +47,7 @@ def test_the_title_counts_the_draws_in_which_fope_is_closer():
     assert figures.blind_coefficients(N=64, draws=20).get_suptitle().endswith(f"in {closer / 20:.0%} of 20 draws")
 
 
-@pytest.mark.parametrize("options", [{}, dict(coef_init="normal"), dict(clip_floor=False), dict(sigma=0.0)])
+@pytest.mark.parametrize("options", [{}, dict(coef_init="normal"), dict(zero_phase=True), dict(sigma=0.0)])
 def test_departure_is_the_share_of_the_logit_that_is_no_function_of_distance(options):
     """From the logits of every two unit vectors at every two positions, one diagonal at a time."""
     T, d, off, total = 24, 16, 0.0, 0.0

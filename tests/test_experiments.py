@@ -94,7 +94,7 @@ def kept(folder):
 
 
 def test_ctrl_c_lets_every_running_command_save_and_the_same_command_resumes(folder, capfd, monkeypatch):
-    small = dict(pos="rope", n_layer=1, n_embd=32, n_hidden=32, batch_tokens=1024, steps=100_000, log_every=1)
+    small = dict(pos="rope", n_layer=1, n_embd=32, n_hidden=32, batch_tokens=1024, steps=5000, log_every=1)
     small |= dict(warmup=0, compile="off", device="cpu")
     monkeypatch.setattr(experiments, "runs_of", lambda preset: {"rope": small})
     monkeypatch.setattr(experiments, "LENGTHS", (512, 1024))

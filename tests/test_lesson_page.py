@@ -4,7 +4,6 @@ python -m pytest -n 0 -m browser tests/test_lesson_page.py     needs selenium, C
 """
 
 import json
-import math
 import re
 import shutil
 
@@ -12,42 +11,34 @@ import numpy as np
 import pytest
 import torch
 
-from fope import FoPE, RoPE, log_n, rope_frequencies
+from fope import FoPE, RoPE, log_n
 from paper import figures
 
 TEXT = figures.PAGE.read_text(encoding="utf-8")
 DATA = json.loads(re.search(r'id="data">\n(.*?)</script>', TEXT, re.DOTALL)[1])
 
 
-def test_its_data_are_up_to_date():
+def test_it_loads_nothing_and_its_data_are_up_to_date():
+    assert not re.search(r"https?:|fetch|import|<link|src=", TEXT)
     assert figures.page() == TEXT, "run: python paper/figures.py"
 
 
 def test_its_data_are_the_mean_and_the_range_over_the_seeds():
-    lines = (figures.RESULTS / "tiny/eval.jsonl").read_text().splitlines()
-    records = {(r["run"], r["logn"], r["length"], r["seed"]): r for r in map(json.loads, lines)}
+    records = [json.loads(line) for line in (figures.RESULTS / "tiny/eval.jsonl").read_text().splitlines()]
     assert {run["pos"] for run in DATA["runs"]} >= {"rope", "fope", "alibi", "kerple"}
     for run in DATA["runs"]:
-        assert run["seeds"] == len({key[3] for key in records if key[:2] == (run["pos"], run["p"])})
-        for at, length in enumerate(DATA["lengths"]):
-            some = [r for key, r in records.items() if key[:3] == (run["pos"], run["p"], length)]
-            rates = [r["right"] / r["trials"] for r in some if r.get("right") is not None]
-            for name, x in (("right", rates), ("perplexity", [r["perplexity"] for r in some])):
-                expected = [np.mean(x), np.min(x), np.max(x)] if x else []
-                assert run[name][at] == pytest.approx(expected, abs=0.00501)
-
-
-def test_it_is_one_short_file_that_loads_nothing():
-    assert len(lines := TEXT.splitlines()) <= 400 and max(map(len, lines)) <= 120
-    assert not re.search(r"https?:|fetch|import|console|<link|src=", TEXT)
+        seeds = {r["seed"]: r for r in records if (r["run"], r["logn"], r["length"]) == (run["pos"], run["p"], 1024)}
+        rates = [r["right"] / r["trials"] for r in seeds.values()]
+        for name, x in (("right", rates), ("perplexity", [r["perplexity"] for r in seeds.values()])):
+            assert run[name][1] == pytest.approx([np.mean(x), min(x), max(x)], abs=0.00501)
+        assert run["seeds"] == len(seeds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In a browser
 
 browser = pytest.mark.browser
-SCREENS = re.findall(r'<section id="(\w+)">', TEXT)
-SETTINGS = [dict(), dict(N=12, theta=5.7, d=7, sigma=1.5, coefficients=3), dict(N=7, theta=2, d=4, amplitudes=2)]
+SETTINGS = [dict(), dict(N=12, theta=5.7, d=7, sigma=1.5, coefficients=3, amplitudes=2)]
 
 
 @pytest.fixture(scope="module")
@@ -93,22 +84,11 @@ def modules(page):
 
 @browser
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_frequencies_and_kept_pairs(page, setting):
-    move(page, **setting)
+def test_frequencies_cos_and_sin_and_the_logit(page, setting):
     page("location.hash = 'floor'; show()")
+    move(page, **setting)
     for name, position in modules(page).items():
         assert page("return embedding(arguments[0]).omega", name) == pytest.approx(position.omega.tolist(), abs=1e-12)
-    kept, pairs = len(position.omega), position.head_dim // 2
-    says = page("return element('floor-says').textContent")
-    assert says.startswith(f"{pairs - kept} of {pairs} pairs (hollow) are below the floor")
-    assert page("return ['.full', '.hollow'].map((x) => svg.querySelectorAll(x).length)") == [kept, pairs - kept]
-
-
-@browser
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_cos_and_sin_and_the_logit(page, setting):
-    move(page, **setting)
-    for name, position in modules(page).items():
         d, t = position.head_dim, torch.tensor([0, 1, 37, 511, 8191])
         cos_sin = position.cos_sin(t, torch.float64)[:, 0]  # (2, T, M): clipped pairs may be left out
         script = "return arguments[1].map((t) => cosSin(embedding(arguments[0]), t))"
@@ -121,65 +101,32 @@ def test_cos_and_sin_and_the_logit(page, setting):
             script = "return sum(terms(embedding(arguments[0]), queryAndKey(), arguments[1], arguments[2]))"
             logit = page(script, name, t[i].item(), t[j].item())
             assert logit == pytest.approx((qs[0, 0, i] @ ks[0, 0, j]).item(), abs=1e-5)
+    clipped = position.head_dim // 2 - len(position.omega)
+    assert page("return element('floor-says').textContent").startswith(f"{clipped} of {position.head_dim // 2} pairs")
 
 
 @browser
-@pytest.mark.parametrize("coef_init", ["as in fope.py", "normal"])
+@pytest.mark.parametrize("coef_init", ["xavier", "normal"])
 def test_the_coefficients_have_the_size_of_fopes(page, coef_init):
-    """The first sliders are FoPE's defaults, for a module with 8 heads."""
-    options = {} if coef_init == "as in fope.py" else dict(coef_init=coef_init)
-    page(f"element('normal').checked ||= {json.dumps(bool(options))}")
-    expected = FoPE(n_head=8, head_dim=64, train_len=512, seed=0, **options)
+    page("element('normal').checked = arguments[0]", coef_init == "normal")
+    expected = FoPE(n_head=8, head_dim=64, train_len=512, seed=0, coef_init=coef_init)
     drawn = []
-    for draw in range(1, 21):
+    for draw in range(1, 11):
         move(page, coefficients=draw)
         drawn.append(page("return embedding('fope').coef"))
     drawn = torch.tensor(drawn).flatten(1)
     assert drawn.std() == pytest.approx(expected.coef.std().item(), rel=0.05)
-    assert (drawn / drawn.std()).mean().abs() < 4 / drawn.numel() ** 0.5
-    assert (drawn.corrcoef() - torch.eye(20)).abs().max() < 5 / drawn.shape[1] ** 0.5  # the draws are independent
+    assert (drawn.corrcoef() - torch.eye(10)).abs().max() < 5 / drawn.shape[1] ** 0.5  # the draws are independent
 
 
 @browser
 def test_the_share_is_that_of_softmax_with_log_n(page):
-    for n, lead, p in ((512, 8.0, 0.0), (8192, 8.0, 0.0), (8192, 8.0, 0.8), (2048, 3.0, 2.0), (128, 8.0, 2.0)):
+    for n, lead, p in ((8192, 8.0, 0.0), (2048, 3.0, 2.0), (128, 8.0, 2.0)):
         q = log_n(torch.ones(1, 1, 1, 1, dtype=torch.float64), n - 1, 512, p).item()
         logits = torch.zeros(n, dtype=torch.float64)
         logits[0] = q * lead
         found = page("return share(arguments[0], 512, arguments[1], arguments[2])", n, lead, p)
         assert found == pytest.approx(logits.softmax(0)[0].item(), abs=1e-5)
-
-
-@browser
-def test_the_answers_are_right(page):
-    thetas = [10 ** (x / 20) for x in range(20, 121)]
-    assert max(theta for theta in thetas if rope_frequencies(64, theta)[-1] >= 2 * math.pi / 512) < 94 < 10**2
-    assert "below about 94" in TEXT and "About 0.8" in TEXT
-    at_n, at_16n = (page("return share(arguments[0], 512, 8, arguments[1])", *x) for x in ((512, 0), (8192, 0.8)))
-    assert at_16n == pytest.approx(at_n, abs=0.01)
-
-
-@browser
-@pytest.mark.parametrize("width", [360, 1400])
-def test_every_screen_fits_and_its_sliders_redraw_by_keyboard(driver, page, width):
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    def wait(script, *arguments):  # an event comes a moment later
-        WebDriverWait(driver, 20).until(lambda _: page(script, *arguments), script)
-
-    size = dict(width=width, height=800, deviceScaleFactor=1, mobile=width < 500)
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    for screen in SCREENS:
-        driver.find_element("css selector", f"nav a[href='#{screen}']").send_keys(Keys.ENTER)
-        wait("return visible === arguments[0]", screen)
-        assert page("return [...document.querySelectorAll('section:not([hidden])')].map((x) => x.id)") == [screen]
-        assert page("return document.documentElement.scrollWidth") <= width
-        for slider in driver.find_elements("css selector", f"#{screen} [type=range]"):
-            before = page("return svg.innerHTML + element(visible + '-says').innerHTML")
-            at_end = slider.get_attribute("value") == slider.get_attribute("max")
-            slider.send_keys(Keys.ARROW_LEFT if at_end else Keys.ARROW_RIGHT)
-            wait("return svg.innerHTML + element(visible + '-says').innerHTML !== arguments[0]", before)
 
 
 @browser

@@ -59,9 +59,11 @@ def test_presets_are_the_papers():
 
 def test_every_version_of_torch_draws_the_weights_of_2_13():
     """Normal, cut at three of init_std. A version that draws others from a seed makes the committed seeds worthless."""
-    drawn = GPT(config(vocab_size=100, n_embd=100, init_std=0.5, seed=7)).embedding.weight / 0.5
+    model = GPT(config(vocab_size=100, n_embd=100, n_hidden=200, init_std=0.5, seed=7))
+    drawn, matrices = model.embedding.weight / 0.5, [weight for weight in model.parameters() if weight.dim() == 2]
     assert drawn[0, :3].tolist() == pytest.approx([-0.820135, 0.395631, 0.898908], abs=1e-6)
     assert drawn.sum().item() == pytest.approx(198.976, abs=1e-2) and drawn.abs().max() <= 3
+    assert [x.std().item() for x in matrices] == pytest.approx([0.5 * 0.987] * len(matrices), rel=0.03)
 
 
 def test_a_seed_gives_all_embeddings_the_same_weights():

@@ -39,7 +39,6 @@ def test_whole_cycles_are_the_nearest_ones():
     "call, words",
     [
         (lambda omega: position_interpolation(omega, 0.0), "scale 0"),
-        (lambda omega: yarn(omega, 4, 512, head_dim=64, theta=1.0), "theta above 1"),
         (lambda omega: yarn(whole_cycles(omega, 512), 4, 512, head_dim=64, theta=1e4), "no frequency zero"),
         (lambda omega: llama3(omega, 4, 0), "length 0"),
         (lambda omega: llama3(omega, 4, 512, low=4, high=1), "less than high"),
@@ -68,40 +67,19 @@ def formula(module, i, j):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", [KERPLE, FIRE])
-def test_bias_is_the_formula_at_3000_distances_in_every_dtype(kind, dtype):
+def test_bias_and_its_gradient_are_those_of_the_formula_at_3000_distances_in_every_dtype(kind, dtype):
     module = kind(n_head=2, seed=4).to(dtype)
     if kind is FIRE:  # only the sizes of c and L count
         module.c.data.neg_()
         module.L.data.neg_()
     i, j = torch.tensor([[2999], [100]]), torch.arange(3000)
-    bias, want = module.bias(i, j), formula(module, i.double(), j.double())
+    bias, want = module.bias(i, j)[:, j <= i], formula(module, i.double(), j.double())[:, j <= i]
     assert bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(bias.double()[:, j <= i], want[:, j <= i], atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [KERPLE, FIRE])
-def test_bias_has_the_gradient_of_its_formula(kind):
-    module = kind(n_head=2, seed=4).double()
-    i, j = torch.arange(24)[:, None], torch.arange(24)
-    weight = torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril()
-    got, want = (
-        torch.autograd.grad((bias * weight).sum(), list(module.parameters()))
-        for bias in (module.bias(i, j), formula(module, i.double(), j.double()))
-    )
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-
-
-def test_kerple_parameters_stop_at_their_bound_and_leave_it_again():
-    module = KERPLE(n_head=2, seed=0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.fill_(-3.0)
-    module.constrain()
-    i, j = torch.arange(9)[:, None], torch.arange(9)
-    module.bias(i, j).sum().backward()
-    assert [p.flatten().tolist() for p in module.parameters()] == [pytest.approx([0.01, 0.01])] * 2
-    torch.optim.SGD(module.parameters(), lr=1e-3).step()
-    assert all((p > 0.01).all() for p in module.parameters())
+    torch.testing.assert_close(bias.double(), want, atol=2e-5, rtol=1e-5)
+    if dtype == torch.float64:
+        weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        got, want = (torch.autograd.grad((b * weight).sum(), list(module.parameters())) for b in (bias, want))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [KERPLE, FIRE])

@@ -295,17 +295,16 @@ class GPT(nn.Module):
         return [[] for _ in self.blocks]
 
     @torch.no_grad()
-    def generate(self, tokens, n: int, *, pads=None, eot=None, temperature=0.0, top_k=0, seed=0):
-        """Appends up to n tokens to tokens (B, T). Returns (B, T + n), or fewer columns if every row has ended.
+    def generate(self, tokens, n: int, *, pads=None, temperature=0.0, top_k=0, seed=0):
+        """Appends n tokens to tokens (B, T). Returns (B, T + n).
 
-        pads: (B,) tokens of left padding per row. eot: after this token, a row is filled with it.
+        pads: (B,) tokens of left padding per row.
         temperature: 0 takes the most likely token. top_k: sample only from the k most likely tokens; 0 is all.
         """
         if not 0 <= temperature < math.inf or top_k < 0:
             raise ValueError(f"temperature {temperature} and top_k {top_k} must be 0 or more")
         generator = torch.Generator(tokens.device).manual_seed(seed)
         cache, step = self.new_cache(), tokens
-        ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
         for _ in range(n):
             logits = self(step, last=1, cache=cache, pads=pads)[:, -1].float()  # (B, vocab_size)
             if top_k:
@@ -316,12 +315,7 @@ class GPT(nn.Module):
                 step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:
                 step = logits.argmax(-1, keepdim=True)
-            if eot is not None:
-                step = step.masked_fill(ended, eot)
-                ended |= step == eot
             tokens = torch.cat([tokens, step], dim=1)
-            if ended.all():
-                break
         return tokens
 
 

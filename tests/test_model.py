@@ -222,16 +222,6 @@ def test_greedy_takes_the_most_likely_token_each_time_whatever_the_left_padding(
     assert torch.equal(got, model.generate(tokens, 20, pads=pads, temperature=1e-40))
 
 
-def test_a_row_that_has_ended_is_filled_up():
-    model, prompt = loud(), some_tokens(2, 5)
-    want = model.generate(prompt, 30)[:, 5:]
-    eot = int(want[0, 3])
-    ended = (want == eot).cumsum(1) > 0
-    got = model.generate(prompt, 30, eot=eot)[:, 5:]
-    assert torch.equal(got, want.masked_fill(ended, eot)[:, : got.shape[1]])
-    assert got.shape[1] == min(30, 1 + (~ended).sum(1).max())
-
-
 def test_sampling_follows_the_softmax_of_the_most_likely_tokens():
     model, prompt, draws = loud(), some_tokens(1, 5), 6_000
     logits = model(prompt)[0, -1].double() / 2.0

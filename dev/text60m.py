@@ -5,7 +5,8 @@
 
 text60m gets train, val and passkey as .jsonl.bz2, together at most 44 MiB, for machines to which only a little can be
 copied. Whole documents are held out, one in forty. tiktoken downloads the files of GPT-2's tokenizer to ranks/,
-unless they are there. paper/README.md has the licenses and the next commands.
+unless they are there. paper/README.md has the next commands. Each package's copyright file has its license: public
+domain, PSF, PostgreSQL, MPL-2.0, Apache-2.0, or a version of the GPL.
 """
 
 import bz2

@@ -57,7 +57,6 @@ sample nowhere x                                         | there is no checkpoin
 sample code.pt x                                         | code.pt is not a whole checkpoint
 sample weights.pt x                                      | weights.pt is not a checkpoint of train.py
 plot nowhere                                             | name the folders of runs
-plot measured --out=file                                 | file/eval.md could not be written
 
 prepare nothing.txt                                      | nothing.txt is not a file or folder
 prepare good.jsonl --val empty.txt                       | no text to validate on
@@ -69,14 +68,13 @@ prepare good.jsonl --out=run                             | run exists .. --out
 prepare good.jsonl --out=good.jsonl/out                  | good.jsonl/out could not be made
 prepare good.jsonl --out=begun                           | begun with other arguments
 prepare good.jsonl --out=locked                          | another process is working
-prepare good.jsonl --tokens=0                            | --tokens
 prepare good.jsonl --tokenizer=gpt3                      | gpt3 .. bytes .. tokenizer.json
 prepare good.jsonl --tokenizer=twice.tiktoken            | 0, 1, 2 .. once each
 
 convert from nowhere new                                 | there is no nowhere/config.json
 convert from llama llama                                 | llama exists
 convert from llama-gpt2 new                              | no form for GPT2LMHeadModel
-convert from llama-biases new                            | biases
+convert from llama-biases new                            | no form for biases
 convert from llama-partial new                           | partial rotation
 convert from llama-dynamic new                           | rope_type dynamic
 convert from llama-constants new                         | yarn with other constants
@@ -152,12 +150,10 @@ def folder(tmp_path_factory):
         (d / name / "meta.json").write_text(facts)
     (d / "meta-none/meta.json").unlink()
 
-    record = dict(run="x", pos="fope", seed=0, train_len=32, logn=0, trials=1, length=32, right=1)
     body = [{"url": "u", "body": f"text {i}"} for i in range(200)]
     good = "".join(json.dumps({"text": line["body"]}) + "\n" for line in body).encode()
     for name, text in {
         "file": b"not a folder\n",
-        "measured/eval.jsonl": json.dumps(record).encode(),
         "good.jsonl": good,
         "empty.txt": b"",
         "bad.jsonl": b"?\n" * 100 + b'{"text": "a"}\n' * 9800,

@@ -217,12 +217,13 @@ def test_a_stopped_run_says_so_and_resumes_bit_for_bit(data, reference, tmp_path
 
 def test_a_signal_in_the_last_step_skips_the_evaluation_and_ctrl_c_ends_it(tmp_path):
     folder, evaluate = make_data(tmp_path / "data", FOX[: SEQUENCES * N + 1], FOX[:4097]), "train.eval_passkey.evaluate"
-    for name, status, *patches in (
-        ("skipped", 0, (runs.at_step, 1, raise_signal, SIGTERM), (runs.before, evaluate, raise_signal, SIGKILL)),
-        ("ended", 1, (runs.before, evaluate, raise_signal, SIGINT)),
+    for name, status, last, *patches in (
+        ("skipped", 0, [], (runs.at_step, 1, raise_signal, SIGTERM), (runs.before, evaluate, raise_signal, SIGKILL)),
+        ("ended", 1, ["KeyboardInterrupt"], (runs.before, evaluate, raise_signal, SIGINT)),
     ):
         end = run(flags(folder, tmp_path / name, "--steps=1", "--eval_trials=1", "--train_len=256"), *patches)
-        assert end.returncode == [status] and checkpoint(tmp_path / name)["step"] == 1
+        assert end.returncode == [status] and end.stderr.splitlines()[-1:] == last
+        assert checkpoint(tmp_path / name)["step"] == 1
 
 
 def test_a_run_that_diverges_ends_before_it_saves(refused, data, reference, tmp_path):

@@ -20,10 +20,10 @@ settings.register_profile("repository", deadline=None, derandomize=True, suppres
 settings.load_profile("repository")
 
 
-def make_data(folder, train, val, tokenizer="bytes"):
-    """A data folder with these tokens."""
+def make_data(folder, train, val):
+    """A data folder with these tokens, which are bytes."""
     train, val = (np.asarray(tokens, dtype=np.uint16) for tokens in (train, val))
-    prepare.write(folder, get_tokenizer(tokenizer), train, val, {"source": "a test"})
+    prepare.write(folder, get_tokenizer("bytes"), train, val, {"source": "a test"})
     return folder
 
 
@@ -67,16 +67,22 @@ def make_llama(folder, shards="5GB", **options):
     return model
 
 
+@pytest.fixture(autouse=True)
+def this_process(monkeypatch):
+    """train.py's handlers of signals are not for pytest."""
+    monkeypatch.setattr("train.on_stop", lambda handler: {})
+
+
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv): the line on stderr of a command that must refuse its input."""
+    """refused(main, *argv): the line on stderr of a command that must refuse its input."""
 
     def run(main, *argv):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             main([str(x) for x in argv])
-        out, error = capsys.readouterr()
-        assert end.value.code == 2 and not out and error.count("\n") == 1, error
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1, error
         return error
 
     return run

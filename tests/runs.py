@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
@@ -41,32 +40,21 @@ def flags(data, out, *more):
     return [*FLAGS, f"--data={data}", f"--out={out}", *more]
 
 
-def log(out):
-    """What a reader takes from log.jsonl, without what depends on the machine."""
-    records = []
-    for line in (out / "log.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # half a line
-        if "resumed" in record:
-            records = [r for r in records if r["step"] <= record["resumed"]]
-        else:
-            records.append({k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")})
-    return records
-
-
 def logged(out, name):
-    return [line[name] for line in log(out) if name in line]
+    """{step: value} from log.jsonl. What a resumed run wrote again counts, and half a line does not."""
+    lines = (line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}"))
+    return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
 
 
 def checkpoint(out):
     return torch.load(out / "ckpt.pt", weights_only=True) if (out / "ckpt.pt").exists() else {"step": 0}
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def command(*argv, folder=ROOT, **env):
+    """A Python command of its own, as from a shell: its status, its stdout and its stderr."""
+    argv, env = [sys.executable, *map(str, argv)], os.environ | ENV | env
+    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
 
 def child(folder, argv, patches, env):
@@ -78,18 +66,20 @@ def child(folder, argv, patches, env):
     os.environ |= env
     sys.argv = ["train.py", *argv]
     train.plot.save = lambda *args: None  # drawing takes longer than these runs
-    for patch in patches:
-        patch()
+    for patch, *args in patches:
+        patch(*args)
     train.main()
 
 
 def run(argv, *patches, world=1, rank=None):
-    """train.main() in `world` processes as torchrun starts and ends them. The patches are for one rank; None: for all.
+    """train.main() in `world` processes as torchrun starts and ends them. The patches, calls (function, argument, ..)
+    that come before it, are for one rank; None: for all. The returncode is a list with that of each process.
 
-    A single process has no RANK. So it has to train alone, although the other variables say something else. The
-    returncode is a list with that of each process.
+    A single process has no RANK. So it has to train alone, although the other variables say something else.
     """
-    env = {"WORLD_SIZE": str(max(world, 2)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    env = {"WORLD_SIZE": str(max(world, 2)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENV):
         for r in range(world):
@@ -108,54 +98,25 @@ def run(argv, *patches, world=1, rank=None):
     return subprocess.CompletedProcess(argv, [process.exitcode for process in processes], *printed)
 
 
-def start(*argv, **env):
-    """A Python command of its own, as from a shell."""
-    env = os.environ | ENV | env
-    return subprocess.Popen([sys.executable, *argv], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Patches for run(). An action is a signal or a function.
+# Patches for run(). An action is a function, and its arguments follow.
 
 
-def at_step(n, action):
+def at_step(n, action, *args):
     """The action after the n-th step of AdamW in this process, with or without another optimizer beside it."""
-    return partial(hook_steps, n, action)
-
-
-def hook_steps(n, action):
     steps = itertools.count(1)
 
     def hook(optimizer, *_):
         if isinstance(optimizer, torch.optim.AdamW) and next(steps) == n:
-            act(action)
+            action(*args)
 
-    return register_optimizer_step_post_hook(hook)
-
-
-def before_call(n, function, action):
-    """The action before the n-th call of a function, which is given by its name."""
-    return partial(patch_call, n, function, action)
+    register_optimizer_step_post_hook(hook)
 
 
-def patch_call(n, function, action):
-    owner, name = function.rsplit(".", 1)
-    owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
-    real = getattr(owner, name)
-
-    def patched(*args, **kwargs):
-        if next(calls) == n:
-            act(action)
-        return real(*args, **kwargs)
-
-    setattr(owner, name, patched)
-
-
-def act(action):
-    if isinstance(action, signal.Signals):
-        os.kill(os.getpid(), action)
-    else:
-        action()
+def before(function, action, *args):
+    """The action before each call of a function, which is given by its name."""
+    real = pkgutil.resolve_name(function)
+    mock.patch(function, lambda *a, **options: (action(*args), real(*a, **options))[1]).start()
 
 
 def leave_room(size):

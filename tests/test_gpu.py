@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_data
-from runs import FOX, ROOT, logged, run, start
+from runs import FOX, command, logged, run
 
 import train
 
@@ -46,9 +46,8 @@ def test_trains_as_on_the_cpu(pos, data, folder):
 
 def test_torchrun_with_nccl(data, folder):
     flags = [*FLAGS, f"--data={data}", f"--out={folder / 'nccl'}", "--dtype=float32", "--compile=off"]
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "train.py", *flags)
-    printed = process.communicate()
-    assert process.returncode == 0 and "over nccl" in printed[0], printed
+    status, printed, stderr = command("-m", "torch.distributed.run", "--standalone", "train.py", *flags)
+    assert status == 0 and "over nccl" in printed, stderr
     assert logged(folder / "nccl", "loss") == pytest.approx(logged(trained(folder / "whole", data), "loss"), rel=1e-5)
 
 

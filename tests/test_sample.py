@@ -1,12 +1,8 @@
 """sample.py as a command."""
 
-import os
-import subprocess
-import sys
-
 import torch
 from conftest import make_run
-from runs import ROOT
+from runs import command
 
 import sample
 from model import GPT, GPTConfig
@@ -23,9 +19,8 @@ def test_the_command_continues_the_prompt_and_the_seed_decides_the_sample(tmp_pa
     make_run(tmp_path, model)
 
     argv = [str(tmp_path), "\xe9abc", "--tokens=5", "--temperature=1000", "--device=cpu"]
-    command, env = [sys.executable, ROOT / "sample.py", *argv, "--top_k=1"], os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "?abcdefgh\n", "")  # what the terminal lacks is replaced
+    said = command("sample.py", *argv, "--top_k=1", PYTHONIOENCODING="ascii")
+    assert said == (0, "?abcdefgh\n", "")  # what the terminal lacks is replaced
     texts = []
     for seed in (1, 1, 2):
         sample.main([*argv, f"--seed={seed}"])

@@ -12,7 +12,6 @@ from conftest import make_data, make_llama, make_run
 from runs import FOX, N, flags
 
 import eval_passkey
-import plot
 import sample
 import train
 from common import lock
@@ -24,82 +23,60 @@ ROWS = r"""
 train --lr=nan                                           | --lr nan must be at least 0
 train --pos=yarn                                         | --pos 'yarn' .. fope, rope, alibi, kerple, fire, nope
 train --n_head=3                                         | --n_head 3 must divide --n_embd 32
-train --n_freqs=1                                        | --n_freqs 1 must be 0, or at least the 2 kept ones
-train --scaling=yarn --whole_cycles                      | no --whole_cycles
 train --vocab_size=64                                    | --vocab_size 64 is less than the 257 tokens
 train --eval_trials=1 --train_len=256                    | val.bin 700, and they need 257 and 4097
 train --batch_tokens=100                                 | --batch_tokens 100 is not a multiple of 32
-train --data=nothing                                     | there is no nothing/train.bin
 train --data=bin-cut                                     | was cut off (1400 bytes, 701 tokens)
 train --data=bin-changed                                 | train.bin does not have the sha256
 train --data=meta-cut                                    | meta-cut/meta.json is damaged
-train --data=meta-large                                  | 100000 tokens in uint16, which cannot hold them
 train --data=meta-none                                   | nanoGPT .. {"tokenizer": "gpt2", "vocab_size": 50257, "dtype"
-train --out=file/out                                     | file/out cannot be written
 train --out=run                                          | run exists: --resume continues it
 train --out=nowhere --resume                             | there is no nowhere to resume
 train --out=cut --resume                                 | cut/ckpt.pt is not a whole checkpoint
 train --out=run --resume --n_embd=64                     | --resume cannot change the model
 train --out=run --resume --sigma=1                       | --resume cannot change --sigma
 train --init_from=run --data=words                       | words tokens, the checkpoint has bytes tokens
-train --init_from=run --n_embd=64                        | leave out the flags that change it
 train --init_from=run --n_head=1 --pos=rope              | leave out the flags that change it
 
 eval_passkey run --lengths=250                           | its fixed strings take 253 tokens
 eval_passkey run --lengths=256,300                       | these lengths take 19201
 eval_passkey run --lengths=256,long                      | --lengths 256,long is not a list of numbers
-eval_passkey run --device=abacus                         | --device 'abacus' does not work
 eval_passkey nope --lengths=256 --scaling=yarn           | needs a model with rope or fope
-eval_passkey yarn --lengths=256 --scaling=linear         | trained without it
 eval_passkey gpt2 --lengths=256                          | the checkpoint was trained on gpt2 tokens
-sample run ""                                            | the prompt needs at least one character
-sample nowhere x                                         | there is no checkpoint nowhere
 sample code.pt x                                         | code.pt is not a whole checkpoint
 sample weights.pt x                                      | weights.pt is not a checkpoint of train.py
-plot nowhere                                             | name the folders of runs
 
-prepare nothing.txt                                      | nothing.txt is not a file or folder
 prepare good.jsonl --val empty.txt                       | no text to validate on
 prepare bad.jsonl                                        | bad.jsonl has 9,900 records, and 100 of them are bad
 prepare indented.json                                    | one record per line .. url, body .. --text_column
 prepare body.parquet                                     | no column 'text' .. url .. body .. --text_column
 prepare cut.jsonl.gz                                     | cut.jsonl.gz is damaged
 prepare good.jsonl --out=run                             | run exists .. --out
-prepare good.jsonl --out=good.jsonl/out                  | good.jsonl/out could not be made
 prepare good.jsonl --out=begun                           | begun with other arguments
 prepare good.jsonl --out=locked                          | another process is working
-prepare good.jsonl --tokenizer=gpt3                      | gpt3 .. bytes .. tokenizer.json
-prepare good.jsonl --tokenizer=twice.tiktoken            | 0, 1, 2 .. once each
 
 convert from nowhere new                                 | there is no nowhere/config.json
-convert from llama llama                                 | llama exists
 convert from llama-gpt2 new                              | cannot represent GPT2LMHeadModel
 convert from llama-biases new                            | cannot represent biases
 convert from llama-partial new                           | partial rotation
 convert from llama-dynamic new                           | rope_type dynamic
 convert from llama-constants new                         | yarn with other constants
-convert from llama-narrow new                            | the weights of its config.json: model.layers.0.mlp.down_proj
 convert from llama-deep new                              | the weights of its config.json: model.layers.2
-convert from llama-cut new                               | header
 convert from llama-pickle new                            | no file named model.safetensors
 convert to kerple new                                    | kerple cannot be exported
-convert to qk-norm new                                   | QK-norm cannot be exported
 """
 COMMANDS = {
     "train": (train.main, flags("fox", "new")),
     "eval_passkey": (eval_passkey.main, ["--device=cpu", "--trials=1"]),
     "sample": (sample.main, ["--device=cpu"]),
-    "plot": (plot.main, []),
     "prepare": (prepare.main, ["--tokenizer=bytes", "--out=out"]),
     "convert": (convert.main, []),
 }
 RUNS = {  # what differs in the configuration of each
     "run": {},
     "nope": dict(pos="nope"),
-    "yarn": dict(scaling="yarn"),
     "gpt2": dict(tokenizer="gpt2"),
     "kerple": dict(pos="kerple"),
-    "qk-norm": dict(qk_norm=True),
 }
 LLAMAS = {  # what differs in config.json
     "gpt2": dict(architectures=["GPT2LMHeadModel"]),
@@ -109,9 +86,7 @@ LLAMAS = {  # what differs in config.json
     "constants": dict(
         rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=9.0)
     ),
-    "narrow": dict(intermediate_size=64),
     "deep": dict(num_hidden_layers=3),
-    "cut": {},
     "pickle": {},
 }
 
@@ -142,7 +117,6 @@ def folder(tmp_path_factory):
         ("bin-changed", content[:-1] + b"?", json.dumps(meta)),
         ("words", content, json.dumps(meta | {"tokenizer": "words"})),
         ("meta-cut", content, json.dumps(meta)[:-9]),
-        ("meta-large", content, json.dumps(meta | {"vocab_size": 100_000})),
         ("meta-none", content, ""),
     ):
         shutil.copytree(d / "fox", d / name)
@@ -153,7 +127,6 @@ def folder(tmp_path_factory):
     body = [{"url": "u", "body": f"text {i}"} for i in range(200)]
     good = "".join(json.dumps({"text": line["body"]}) + "\n" for line in body).encode()
     for name, text in {
-        "file": b"not a folder\n",
         "good.jsonl": good,
         "empty.txt": b"",
         "bad.jsonl": b"?\n" * 100 + b'{"text": "a"}\n' * 9800,
@@ -162,7 +135,6 @@ def folder(tmp_path_factory):
         "begun.partial/state.json": b'{"arguments": []}',
         "begun.partial/lock": b"",
         "locked.partial/lock": b"",
-        "twice.tiktoken": b"YQ== 0\nYQ== 0\n",
     }.items():
         (d / name).parent.mkdir(exist_ok=True)
         (d / name).write_bytes(text)
@@ -173,7 +145,6 @@ def folder(tmp_path_factory):
     for name, changes in LLAMAS.items():
         shutil.copytree(d / "llama", d / f"llama-{name}")
         (d / f"llama-{name}/config.json").write_text(json.dumps(config | changes))
-    (d / "llama-cut/model.safetensors").write_bytes(b"\0" * 100)
     (d / "llama-pickle/model.safetensors").rename(d / "llama-pickle/pytorch_model.bin")
     return d
 

@@ -158,12 +158,6 @@ def test_with_skip_lost_each_p_is_measured_up_to_the_first_length_without_a_key(
         evaluate(run, *options)
 
 
-def test_keys_alone_need_no_data(tmp_path, seen):
-    make_run(tmp_path / "a", make_model(pos="rope"), data="a folder that is not there")
-    (record,) = evaluate(tmp_path / "a", "--trials=1", "--lengths=256", "--eval_tokens=0")
-    assert record["right"] == 1 and "perplexity" not in record
-
-
 def test_frequencies_are_scaled_first_and_clipped_then_as_in_training(data, tmp_path, seen):
     """Of 16 frequencies, YaRN at 2N slows one below the floor of N: 7 are kept. Clipped first, 8 would be."""
     trained = make_model(train_len=512, n_embd=64, pos="fope")

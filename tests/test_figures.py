@@ -62,9 +62,7 @@ def test_departure_is_the_share_of_the_logit_that_is_no_function_of_distance(opt
     assert figures.departure(position, T) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["frequencies", "truncation", "mixing", "blind_coefficients", "both_positions", "decay"]
-)
+@pytest.mark.parametrize("name", "frequencies truncation mixing blind_coefficients both_positions decay".split())
 def test_a_notebook_can_draw_with_other_values(name, tmp_path):
     draws = dict(draws=5) if name == "blind_coefficients" else {}
     getattr(figures, name)(N=256, **draws).savefig(tmp_path / "a.png")

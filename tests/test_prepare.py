@@ -336,12 +336,3 @@ def test_gutenberg_is_all_parquet_files_that_the_hub_lists(hub):
     files = {f"data/train-{i:05d}-of-00002.parquet": parquet(A[100 * i :][:100], "TEXT") for i in range(2)}
     hub.files, hub.breaks = {"README.md": b""} | files, "/"
     assert list(main("gutenberg")[:2]) == [tokens(side) for side in by_split(A)]
-
-
-@pytest.mark.parametrize("argv, words", [("c4 --tokenizer=bytes", "hub could"), ("a.jsonl", "TIKTOKEN_CACHE_DIR")])
-def test_a_network_out_of_reach_gets_one_line(refused, monkeypatch, tmp_path, argv, words):
-    write("", {"a.jsonl": lines(A)})
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr(hf.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert words in refused(prepare.main, *argv.split(), "--out=out")

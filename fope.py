@@ -243,9 +243,8 @@ class FoPE(RoPE):
         if self.coef is not None:
             coef = self.coef.to(both.device, dtype)  # (2, n_kv_head, D, M)
             coef = coef if positions.dim() == 1 else coef.unsqueeze(1)
-            with torch.autocast(
-                "cpu" if both.is_meta else both.device.type, enabled=False
-            ):  # bfloat16 sums would be off by up to 1e-2
+            device = "cpu" if both.is_meta else both.device.type
+            with torch.autocast(device, enabled=False):  # bfloat16 sums would be off by up to 1e-2
                 both = both[..., : coef.shape[-1]] + both @ coef
         return F.pad(both, (0, self.n_ones), value=1.0) if self.n_ones else both
 

@@ -58,7 +58,7 @@ def command(*argv, folder=ROOT, **env):
 
 
 def child(folder, argv, patches, env):
-    signal.alarm(200)  # a process that hangs is a failure (status -14), not a wait without end
+    signal.alarm(400)  # a process that hangs is a failure (status -14), not a wait without end
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     for number, name in ((1, "stdout"), (2, "stderr")):

@@ -19,7 +19,7 @@ def test_it_runs_from_top_to_bottom_and_the_solutions_are_accepted():
     (solutions,) = re.findall(r"```python\n(.*?)```", notebook.cells[-1].source, re.DOTALL)
     checks = "\n".join(f"print('solution {i}:', check_{i}())" for i in range(1, 7))
     notebook.cells.append(nbformat.v4.new_code_cell(f"{solutions}\n{checks}"))
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     for i in range(1, 7):

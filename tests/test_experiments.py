@@ -62,12 +62,6 @@ def test_a_dry_run_prints_every_command_and_trains_a_start_once(capsys):
     assert trained == [f"--out=out/tiny/{name}" for name in names]
 
 
-def test_the_commands_of_table_1_are_valid():
-    for line in (line for text in experiments.TABLE1 for line in text.splitlines() if "train.py" in line):
-        cfg = config(line.split())
-        assert (cfg.train_len, cfg.lr, cfg.steps, cfg.recompute, cfg.eval_trials) == (4096, 1e-4, 1907, True, 0)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The driver
 

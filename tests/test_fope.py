@@ -39,7 +39,7 @@ def near(got, want, atol=5e-6, rtol=1e-6):
 
 
 def eq13(coef, t, head_dim, train_len, theta, fourier_series, clip_floor, n_freqs, zero_phase):
-    """f(w_m, t) at t (B, T): complex (B, n_kv_head, T, head_dim / 2). zero_phase is the paper, 1 + i the authors' code."""
+    """f(w_m, t) at t (B, T): complex (B, n_kv_head, T, head_dim / 2). zero_phase: the paper's 1, not 1 + i."""
     omega, floor = [theta ** (-2 * m / head_dim) for m in range(head_dim // 2)], 2 * math.pi / train_len
     kept = [w for w in omega if w >= floor or not clip_floor]
     extra = max(n_freqs - len(kept), 0)

@@ -19,7 +19,7 @@ import train
 from fope import FoPE, RoPE, rotate
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = (1800, 4400, 600, 1200, 1050)  # at most, of each page
+WORDS = (1800, 4600, 600, 1200, 1050)  # at most, of each page
 PAGES = dict(zip(("README.md", "paper/README.md", "paper/guarantees.md", "data/README.md", "hf/README.md"), WORDS))
 
 

@@ -54,7 +54,7 @@ LOGN = {  # the runs of each that are also shown with log-n scaling, p = 2
     "logn": EXPERIMENTS["logn"],
 }
 TITLES = {  # of the figures of tiny that the pages show
-    "fig1": "With log-n scaling at test time, FoPE finds nine keys in ten at 8N. RoPE finds half at 2N",
+    "fig1": "With log-n scaling at test time, FoPE finds nine keys in ten at 8N, RoPE half at 2N",
     "logn": "Log-n scaling lets FoPE find nine keys in ten at 8N. It harms KERPLE",
 }
 

@@ -52,7 +52,7 @@ def llama_of(ours):
     return llama
 
 
-def make_llama(folder, shards="5GB", **options):
+def make_llama(folder, **options):
     """A random Llama as a Hugging Face folder, N = 64, with a tokenizer of 257 bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -62,7 +62,7 @@ def make_llama(folder, shards="5GB", **options):
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=257)
     more = dict(max_position_embeddings=64, initializer_range=0.1, eos_token_id=256)
     model = LlamaForCausalLM(LlamaConfig(**shape | more | options)).eval()
-    model.save_pretrained(folder, max_shard_size=shards)
+    model.save_pretrained(folder)
     byte_level_bpe(get_tokenizer("bytes"), folder)
     return model
 
